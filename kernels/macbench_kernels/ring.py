@@ -1,0 +1,88 @@
+"""The ring of MAC-Attention: the last K queries of every head with the attention state each of them left behind."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from macbench_kernels.state import State
+
+
+class Match(NamedTuple):
+    """Result of a ring match, each [batch, q_heads].
+
+    ``slot`` int64: ring row of the nearest eligible entry (0 if there is none). ``source`` int32: its position in the text.
+    ``distance``: L2 distance to it (inf if there is none). ``hit`` bool: distance below the radius.
+    """
+
+    slot: torch.Tensor
+    source: torch.Tensor
+    distance: torch.Tensor
+    hit: torch.Tensor
+
+
+@dataclass
+class Ring:
+    """Row ``position % capacity`` holds the entry of ``position``; a row is overwritten capacity steps later.
+
+    ``q``: [batch, q_heads, capacity, head_dim] pre-RoPE queries in the model's precision. ``out``, ``lse``: their states
+    [batch, q_heads, capacity(, head_dim)] in float32 (float64 for a float64 model). ``depth``: int32, how many reuses the state is built on.
+    """
+
+    q: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    depth: torch.Tensor
+
+    @classmethod
+    def create(cls, batch: int, q_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device) -> "Ring":
+        rows = (batch, q_heads, capacity)
+        precise = torch.promote_types(dtype, torch.float32)
+        return cls(
+            torch.zeros(*rows, head_dim, dtype=dtype, device=device),
+            torch.zeros(*rows, head_dim, dtype=precise, device=device),
+            torch.full(rows, float("-inf"), dtype=precise, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.q, self.out, self.lse, self.depth))
+
+    def fill(self, q: torch.Tensor, state: State, first: int) -> None:
+        """Write exact entries of the prompt's last queries: q and state.out [batch, q_heads, n, head_dim], n <= capacity, positions from ``first``."""
+        rows = torch.arange(first, first + q.shape[2], device=q.device) % self.capacity
+        self.q[:, :, rows] = q
+        self.out[:, :, rows] = state.out.to(self.out.dtype)
+        self.lse[:, :, rows] = state.lse.to(self.lse.dtype)
+        self.depth[:, :, rows] = 0
+
+    def read(self, slot: torch.Tensor, wanted: torch.Tensor) -> tuple[State, torch.Tensor]:
+        """State (out [batch, q_heads, head_dim], lse [batch, q_heads]) and depth of one row per head.
+
+        slot int64, wanted bool: [batch, q_heads]. Heads that do not want theirs get the empty state and depth 0.
+        """
+        row = slot[..., None]
+        out = self.out.gather(2, row[..., None].expand(*row.shape, self.out.shape[-1]))[:, :, 0]
+        lse, depth = (x.gather(2, row)[..., 0] for x in (self.lse, self.depth))
+        return State(torch.where(wanted[..., None], out, 0), torch.where(wanted, lse, float("-inf"))), torch.where(wanted, depth, 0)
+
+    def write(self, position: torch.Tensor, q: torch.Tensor, state: State, depth: torch.Tensor) -> None:
+        """Write the entries of one step: position int [batch], q [batch, q_heads, head_dim]."""
+        request = torch.arange(len(position), device=position.device)
+        row = (position % self.capacity).long()
+        self.q[request, :, row] = q
+        self.out[request, :, row] = state.out
+        self.lse[request, :, row] = state.lse
+        self.depth[request, :, row] = depth
+
+
+def slot_positions(position: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Which position each row holds just before ``position`` is written: int [batch, capacity], negative where nothing was written."""
+    last = position[:, None] - 1
+    rows = torch.arange(capacity, device=position.device)[None]
+    return last - (last - rows) % capacity

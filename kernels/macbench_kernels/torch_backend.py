@@ -1,0 +1,113 @@
+"""The kernel layer in plain torch: the reference for every device and dtype, and what runs on a CPU.
+
+It touches exactly the rows it is asked for. Bounds are read on the host, so on CUDA each call synchronises: there it is a reference only.
+"""
+
+import torch
+
+from macbench_kernels.cache import PagedKVCache
+from macbench_kernels.ring import Match, Ring, slot_positions
+from macbench_kernels.state import State, empty_state, merge
+
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rectangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, starts: list[int] | None = None) -> State:
+    """Every query against every key: q [H, m, d], k and v [H, n, d] -> out [H, m, d], lse [H, m].
+
+    ``starts``: per query row, the first key it may see (for a GQA group whose heads start at different keys).
+    """
+    if q.dtype == torch.float32 and q.device.type == "cpu" and starts is None:
+        # Splitting the keys keeps all cores busy when there are few KV heads.
+        cut = k.shape[1] // 2 if k.shape[1] >= 1024 and q.shape[1] < 64 else 0
+        if cut:
+            even = k[:, : 2 * cut].unflatten(1, (2, cut)), v[:, : 2 * cut].unflatten(1, (2, cut))
+            out, lse = _flash_cpu(q[:, None].expand(-1, 2, -1, -1), *even, scale=scale)
+            state = merge(State(out[:, 0], lse[:, 0]), State(out[:, 1], lse[:, 1]))
+            if k.shape[1] == 2 * cut:
+                return state
+            out, lse = _flash_cpu(q[None], k[None, :, 2 * cut :], v[None, :, 2 * cut :], scale=scale)
+            return merge(state, State(out[0], lse[0]))
+        out, lse = _flash_cpu(q[None], k[None], v[None], scale=scale)
+        return State(out[0], lse[0])
+    dtype = _precise(q.dtype)
+    scores = torch.matmul(q.to(dtype) * scale, k.to(dtype).mT)
+    if starts is not None:
+        columns = torch.arange(k.shape[1], device=q.device)
+        scores.masked_fill_(columns < torch.tensor(starts, device=q.device)[:, None], float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None])
+    return State(torch.matmul(weights, v.to(dtype)), lse)
+
+
+def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
+    """Decode attention of one query per head over S disjoint key spans, a state for each.
+
+    q: [B, Hq, d] after RoPE. spans: int32 [S, 2, B, Hq], the (start, stop) of each span of each query head; stop <= start is empty.
+    Returns out [S, B, Hq, d] and lse [S, B, Hq] in at least float32. Rows outside the union of a group's spans are never read.
+    """
+    count, _, batch, heads = spans.shape
+    dim = q.shape[-1]
+    kv_heads = cache.pool.kv_heads
+    group = heads // kv_heads
+    result = empty_state((count, batch, heads), dim, _precise(q.dtype), q.device)
+    bounds = spans.tolist()
+    for s in range(count):
+        for b in range(batch):
+            starts, stops = bounds[s][0][b], bounds[s][1][b]
+            queries = q[b].view(kv_heads, group, dim)
+            if len(set(starts)) == len(set(stops)) == 1:
+                state = _span(queries, cache, layer, b, slice(None), starts[:1] * group, stops[:1] * group, scale)
+                result.out[s, b], result.lse[s, b] = state.out.reshape(heads, dim), state.lse.reshape(heads)
+                continue
+            for g in range(kv_heads):
+                here = slice(g * group, (g + 1) * group)
+                state = _span(queries[g : g + 1], cache, layer, b, slice(g, g + 1), starts[here], stops[here], scale)
+                result.out[s, b, here], result.lse[s, b, here] = state.out[0], state.lse[0]
+    return result
+
+
+def _span(q, cache, layer, request, kv_heads, starts, stops, scale) -> State:
+    """One span of the query heads of some KV heads: q [H, group, d], starts and stops per row of the group."""
+    if len(set(stops)) > 1:  # heads of a group that end at different keys share no read: one by one
+        rows = [_span(q[:, i : i + 1], cache, layer, request, kv_heads, [a], [b], scale) for i, (a, b) in enumerate(zip(starts, stops, strict=True))]
+        return State(torch.cat([r.out for r in rows], 1), torch.cat([r.lse for r in rows], 1))
+    start = max(min(starts), 0)
+    offsets = [a - start for a in starts] if len(set(starts)) > 1 else None
+    state = None
+    for k, v in cache.slice(layer, request, start, stops[0]):
+        piece = _rectangle(q, k[kv_heads], v[kv_heads], scale, offsets)
+        state = piece if state is None else merge(state, piece)
+        offsets = offsets and [a - k.shape[1] for a in offsets]
+    return state or empty_state(tuple(q.shape[:2]), q.shape[-1], _precise(q.dtype), q.device)
+
+
+def match(
+    q: torch.Tensor, ring: Ring, position: torch.Tensor, radius: float, oldest: int, max_chain: int | None = None, min_context: int = 0
+) -> Match:
+    """Nearest ring entry of every query head.
+
+    q: [B, Hq, d] before RoPE. position: int32 [B], of the token being decoded. Entries of positions below ``oldest`` (their state
+    is empty) and, if ``max_chain`` is given, of at least that depth are not eligible. A hit is strictly nearer than ``radius``.
+    Ties go to the lowest row. Requests that see fewer than ``min_context`` tokens (position + 1) scan no row and match nothing.
+    """
+    held = slot_positions(position, ring.capacity)
+    tried = position + 1 >= min_context
+    rows = min(ring.capacity, int((position * tried).max()))
+    if rows == 0:
+        none = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
+        return Match(none, none.int() - 1, torch.full(q.shape[:2], float("inf"), dtype=_precise(q.dtype), device=q.device), none.bool())
+    dtype = _precise(q.dtype)
+    distance = torch.cdist(q[:, :, None].to(dtype), ring.q[:, :, :rows].to(dtype), compute_mode="donot_use_mm_for_euclid_dist")[:, :, 0]
+    eligible = ((held[:, :rows] >= max(oldest, 0)) & tried[:, None])[:, None].expand_as(distance)
+    if max_chain is not None:
+        eligible = eligible & (ring.depth[:, :, :rows] < max_chain)
+    distance = distance.masked_fill(~eligible, float("inf"))
+    slot = distance.argmin(-1)
+    nearest = distance.gather(-1, slot[..., None])[..., 0]
+    source = held.gather(1, slot).to(torch.int32)
+    return Match(slot, source, nearest, nearest < radius)

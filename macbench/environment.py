@@ -1,0 +1,53 @@
+"""What was run where: versions, device, commit and command, for environment.json and the metadata of every parquet part."""
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("macbench", "torch", "transformers", "triton", "tokenizers", "datasets", "numpy", "wonderwords", "flash-attn", "flashinfer-python")
+
+
+def facts(device: str, backend: str, dtype: str) -> dict:
+    """A JSON-able description of this process."""
+    return {
+        "command": shlex.join(["python", "-m", "macbench.run", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        "backend": backend,
+        "dtype": dtype,
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def to_json(data: dict) -> str:
+    return json.dumps(data, indent=1, default=str) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict | None:
+    """Commit and whether tracked files differ from it, if the package runs from a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,22 @@
+"""The one exception that user mistakes become: a single line that names the key, the value and what is allowed."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """Wrong input. ``str(error)`` is one line; the command line prints it and exits with code 2."""
+
+    def __init__(self, key: str, value: object, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"{key}={value}: {allowed}".replace("\n", " "))
+
+
+def choose(key: str, value: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is among ``choices``, else raise a ConfigError that suggests the nearest one."""
+    choices = list(choices)
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ConfigError(key, value, f"must be one of {', '.join(choices)}{hint}")

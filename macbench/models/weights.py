@@ -1,0 +1,99 @@
+"""From a ``conf/model`` entry to a model, a tokenizer and a description of both."""
+
+from dataclasses import dataclass
+
+import torch
+
+from macbench.errors import ConfigError, choose
+from macbench.models.chat import Chat
+from macbench.models.smollm2 import converted
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LoadedModel:
+    """``network``: a transformers causal LM in eval mode. ``stop_ids``: token ids that end an answer."""
+
+    network: torch.nn.Module
+    chat: Chat
+    stop_ids: frozenset[int]
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` is cuda if there is one."""
+    choose("device", device, ("auto", "cpu", "cuda"))
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "no CUDA device is available; use device=cpu")
+    return device
+
+
+def folder_or_id(spec) -> str:
+    """Where the weights are: a local folder or a hub id."""
+    if spec.path:
+        return str(spec.path)
+    return str(converted(spec.get("gguf"), spec.gguf_sha256))
+
+
+def max_context(spec) -> int:
+    """Positions that a model serves with full attention, from its configuration alone.
+
+    A sliding window in any layer ends it: every method here assumes that all earlier tokens are visible.
+    """
+    from transformers import AutoConfig
+
+    where = folder_or_id(spec)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    window = getattr(config, "sliding_window", None) if slides else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def load(spec, device: str, chat: Chat) -> LoadedModel:
+    """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    choose("model.dtype", spec.dtype, ("auto", *DTYPES))
+    dtype = DTYPES["float32" if device == "cpu" else "bfloat16"] if spec.dtype == "auto" else DTYPES[spec.dtype]
+    where, options = folder_or_id(spec), _revision(spec)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    network = network.eval().requires_grad_(False).to(device)
+    try:
+        generation = GenerationConfig.from_pretrained(where, **options)
+    except OSError:
+        generation = network.generation_config
+    eos = generation.eos_token_id if generation.eos_token_id is not None else chat.tokenizer.eos_token_id
+    stop = frozenset(eos if isinstance(eos, list | tuple) else [eos]) - {None}
+    return LoadedModel(network, chat, stop | {chat.tokenizer.eos_token_id} - {None})
+
+
+def load_chat(spec) -> Chat:
+    """The tokenizer with its template; enough to make prompts."""
+    from transformers import AutoTokenizer
+
+    where = folder_or_id(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.path", where, f"tokenizer cannot be loaded: {_first_line(error)}") from error
+    return Chat(tokenizer, spec.template)
+
+
+def _revision(spec) -> dict:
+    return {"revision": spec.get("revision") or "main"}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,138 @@
+"""What a run writes: one folder, three parquet tables in parts, and a summary. Nothing here knows how records were made.
+
+    runs/<task>/<model>/<ctx>/<method>-<hash8>/
+        config.yaml  environment.json  summary.json
+        samples/part-*.parquet   a row per example and method variant
+        steps/part-*.parquet     a row per decode step
+        layers/part-*.parquet    a row per example, variant and layer
+
+A part is written whole (temporary file, fsync, rename), so that a killed run leaves complete parts only. The sample part of an
+example is written last: an example counts as done when it is there, and a rerun makes only what is missing.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from macbench.errors import ConfigError
+
+_KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
+_COUNTS = [
+    (name, pa.int64())
+    for name in "tokens_log tokens_phys bytes_kv bytes_meta bytes_state bytes_idx bytes_write bytes_maint tokens_log_full tokens_phys_full bytes_full".split()
+]
+_RATIOS = [(name, pa.float64()) for name in ("rho_log", "rho_phys", "rho_bytes", "hit_rate")]
+
+SCHEMAS = {
+    "samples": pa.schema(
+        [
+            *_KEY[:3],
+            ("task", pa.string()),
+            *_KEY[3:],
+            ("ctx", pa.int64()),
+            ("prompt_tokens", pa.int64()),
+            ("new_tokens", pa.int64()),
+            ("decode_steps", pa.int64()),
+            ("text", pa.string()),
+            ("reference", pa.list_(pa.string())),
+            ("score", pa.float64()),
+            ("finish_reason", pa.string()),
+            ("prefill_s", pa.float64()),
+            ("decode_s", pa.float64()),
+            ("tpot_ms", pa.float64()),
+            *_COUNTS,
+            *_RATIOS,
+            ("first_divergence", pa.int64()),
+            ("top1_agreement", pa.float64()),
+            ("kl_mean", pa.float64()),
+            ("error", pa.string()),
+        ]
+    ),
+    "steps": pa.schema(
+        [
+            *_KEY,
+            ("step", pa.int64()),
+            ("position", pa.int64()),
+            ("latency_ms", pa.float64()),
+            *_COUNTS,
+            *_RATIOS,
+            ("chain_mean", pa.float64()),
+            ("chain_max", pa.int64()),
+        ]
+    ),
+    "layers": pa.schema([*_KEY, ("layer", pa.int64()), *_COUNTS, *_RATIOS, ("chain_mean", pa.float64()), ("chain_max", pa.int64())]),
+}
+KEY = ["method", "variant", "subtask", "example_id"]
+
+
+def config_hash(config: dict) -> str:
+    """Eight hex digits of a resolved configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+class RunDirectory:
+    """A run's folder, opened for writing."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            for table in SCHEMAS:
+                (self.path / table).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file whole."""
+        self._whole(self.path / name, lambda file: file.write(text.encode()))
+
+    def write_example(self, key: str, tables: dict[str, list[dict]], environment: dict) -> None:
+        """Write all rows of one example; ``key`` names the parts, ``environment`` (small, JSON) goes into the parquet metadata."""
+        name = "part-" + hashlib.sha256(key.encode()).hexdigest()[:16] + ".parquet"
+        metadata = {"macbench": json.dumps(environment)}
+        for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
+            rows = tables[table]
+            schema = SCHEMAS[table].with_metadata(metadata)
+            data = pa.Table.from_pylist(rows, schema=schema)
+            self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd"))
+
+    def _whole(self, target: Path, write) -> None:
+        try:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, target)
+        except OSError as error:
+            raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
+
+    def done(self) -> set[tuple[str, str, str, str]]:
+        """Keys (method, variant, subtask, example_id) of the examples that finished without an error."""
+        frame = read_table(self.path, "samples", [*KEY, "error"])
+        return set(frame[frame.error.isna()][KEY].itertuples(index=False, name=None))
+
+
+def read_table(path: Path | str, table: str, columns: list[str] | None = None) -> pd.DataFrame:
+    """All parts of a table of a run folder; a damaged or foreign part is a ConfigError that names it."""
+    parts = sorted((Path(path) / table).glob("part-*.parquet"))
+    frames = []
+    for part in parts:
+        try:
+            frames.append(pq.read_table(part, columns=columns).to_pandas())
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise ConfigError(
+                f"runs_dir ({table})", part, f"cannot be read ({str(error).splitlines()[0]}); delete it to have it made again"
+            ) from error
+    if not frames:
+        return pd.DataFrame(columns=columns or SCHEMAS[table].names)
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,273 @@
+"""The story of a run: read the configuration, load model and task, prefill each example once, decode it with every method, record.
+
+python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from time import time
+
+import hydra
+import torch
+from hydra.utils import get_class
+from macbench_kernels import OutOfPages, UnsupportedError, kernels
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from macbench import cli, environment, loggers
+from macbench.engine import Engine
+from macbench.errors import ConfigError, choose
+from macbench.methods.base import Method
+from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device
+from macbench.records import RunDirectory, config_hash, read_table
+from macbench.rows import layer_rows, sample_columns, step_rows
+from macbench.summary import format_table, summarise
+from macbench.tasks.base import Example, Task
+
+# Where a run goes and how far it gets do not change what is measured; they are no part of its identity.
+OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device")
+_EXAMPLE_ERRORS = (RuntimeError, OutOfPages, MemoryError)
+
+
+@dataclass
+class Variant:
+    """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one)."""
+
+    name: str
+    label: str
+    method: Method
+
+
+def run(cfg: DictConfig) -> int:
+    """One job. Returns the exit code: 0, or 1 if an example failed."""
+    ctx = cli.parse_ctx(cfg.ctx)
+    _check_numbers(cfg)
+    device = resolve_device(cfg.device)
+    variants = build_variants(cfg)
+    layer = _kernels(cfg.backend, device)
+    _fits(cfg, ctx)
+    chat = load_chat(cfg.model)
+    task = _build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
+    for subtask in task.subtasks:
+        task.example(subtask, cfg.limit - 1)  # missing data or too small a ctx shows now, not after an hour
+
+    directory = open_directory(cfg, task, ctx)
+    todo = pending(task, cfg.limit, variants, directory.done())
+    if any(todo.values()):
+        model = load(cfg.model, device, chat)
+        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
+        facts = environment.facts(device, layer.name, str(model.network.dtype))
+        directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
+        with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
+            evaluate(engine, model, task, variants, todo, directory, facts, log)
+            table = report(directory, task, cfg.limit, variants)
+            log.summary(table)
+    else:
+        print("nothing left to compute: all examples are recorded", file=sys.stderr)
+        table = report(directory, task, cfg.limit, variants)
+    failed = int(table.errors.where(table.subtask != "all", 0).sum())
+    if failed:
+        print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def build_variants(cfg: DictConfig) -> list[Variant]:
+    """The method (one variant per point of ``grid``), then those of ``compare``."""
+    grid = {key: list(value) if OmegaConf.is_list(value) else [value] for key, value in cfg.grid.items()}
+    for key in grid:
+        choose(f"grid.{key}", key, [k for k in cfg.method if k not in ("_target_", "name")])
+    variants = []
+    for point in product(*grid.values()):
+        chosen = dict(zip(grid, point, strict=True))
+        label = " ".join(f"{key}={value}" for key, value in chosen.items())
+        variants.append(Variant(cfg.method.name, label, _build(OmegaConf.merge(cfg.method, chosen), "method")))
+    names = [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare)
+    for name in names:
+        node = cli.load_option("method", choose("compare", str(name), cli.options("method")))
+        if node.name not in {v.name for v in variants}:
+            variants.append(Variant(node.name, "", _build(node, "method")))
+    return variants
+
+
+def _build(node: DictConfig, key: str, **extra):
+    """Instantiate a node's ``_target_`` with its other keys."""
+    params = OmegaConf.to_container(node, resolve=True)
+    target = params.pop("_target_")
+    params.pop("name", None)
+    try:
+        return get_class(target)(**params, **extra)
+    except (ImportError, TypeError) as error:
+        raise ConfigError(key, target, f"cannot be built: {error}") from error
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    least = {"limit": 1, "seed": 0, "engine.page_size": 1, "engine.prefill_chunk": 1}
+    for key, low in least.items():
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(key, value, f"must be an integer of at least {low}")
+
+
+def _kernels(backend: str, device: str):
+    try:
+        return kernels(backend, device)
+    except UnsupportedError as error:
+        raise ConfigError("backend", backend, str(error)) from error
+
+
+def _fits(cfg: DictConfig, ctx: int) -> None:
+    most = max_context(cfg.model)
+    if ctx > most:
+        raise ConfigError("ctx", cfg.ctx, f"is {ctx} tokens, but model {model_name(cfg)} serves at most {most} with full attention")
+
+
+def model_name(cfg: DictConfig) -> str:
+    """Name for records: the option's, or the last part of ``model.path`` where that was changed."""
+    own = cli.load_option("model", cfg.model.name).path
+    return cfg.model.name if cfg.model.path == own else Path(str(cfg.model.path)).name
+
+
+def open_directory(cfg: DictConfig, task: Task, ctx: int) -> RunDirectory:
+    """runs/<task>/<model>/<ctx>/<method>-<hash8>, the hash over everything that can change a number."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    identity = {key: value for key, value in resolved.items() if key not in OUTPUT_KEYS} | {"ctx": ctx, "task_version": task.version}
+    name = f"{cfg.method.name}-{config_hash(identity)}"
+    return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(ctx) / name)
+
+
+def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -> dict[str, list[int]]:
+    """Indices of the examples of each subtask that are not recorded for every variant."""
+
+    def missing(subtask: str, index: int) -> bool:
+        return any((v.name, v.label, subtask, str(index)) not in done for v in variants)
+
+    return {subtask: [i for i in range(limit) if missing(subtask, i)] for subtask in task.subtasks}
+
+
+def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log) -> None:
+    """Make and record every missing example."""
+    with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
+        for example in examples(task, todo):
+            bar.set_description(example.subtask)
+            tables = evaluate_example(engine, model, task, variants, example, directory.run_id, bar)
+            directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
+            log.example(tables["samples"])
+            bar.update()
+
+
+def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
+    for subtask, indices in todo.items():
+        for index in indices:
+            yield task.example(subtask, index)
+
+
+def evaluate_example(engine, model, task, variants: list[Variant], example: Example, run_id: str, bar) -> dict[str, list[dict]]:
+    """Prefill once, decode with every variant; the rows of the three tables. A failure becomes a row with ``error``."""
+    tables = {"samples": [], "steps": [], "layers": []}
+    texts: dict[int, list[int]] = {}
+    prompt, failure = None, None
+    try:
+        prompt = engine.prefill(example.input_ids, max(v.method.prompt_queries for v in variants), _rate(bar, "prefill"))
+    except _EXAMPLE_ERRORS as error:
+        failure = error
+    for i, variant in enumerate(variants):
+        key = {"run_id": run_id, "method": variant.name, "variant": variant.label, "subtask": example.subtask, "example_id": example.example_id}
+        row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
+        try:
+            if prompt is None:
+                raise failure
+            result = engine.decode(prompt, variant.method, example.max_new_tokens, model.stop_ids, _rate(bar, variant.name))
+        except _EXAMPLE_ERRORS as error:
+            tables["samples"].append(row | {"error": _one_line(error)})
+            continue
+        texts[i] = result.tokens
+        text = model.chat.decode(result.tokens)
+        row |= {"text": text, "score": task.score(example, text), "prefill_s": prompt.seconds} | sample_columns(result)
+        tables["samples"].append(row)
+        tables["steps"] += step_rows(result, key, len(example.input_ids))
+        tables["layers"] += layer_rows(result, key)
+    if prompt is not None:
+        prompt.free()
+    _mark_divergence(tables["samples"], variants, texts)
+    return tables
+
+
+def _mark_divergence(rows: list[dict], variants: list[Variant], texts: dict[int, list[int]]) -> None:
+    """``first_divergence``: index of the first generated token that differs from full attention's; null if none does or full was not run."""
+    full = next((texts[i] for i, v in enumerate(variants) if v.name == "full" and i in texts), None)
+    for i, row in enumerate(rows):
+        if full is not None and i in texts and texts[i] != full:
+            shorter = min(len(full), len(texts[i]))
+            row["first_divergence"] = next((j for j in range(shorter) if full[j] != texts[i][j]), shorter)
+
+
+def _rate(bar: tqdm, stage: str):
+    """Progress callback that shows tokens per second of a stage beside the bar."""
+    began, tokens = time(), 0
+
+    def progress(count: int) -> None:
+        nonlocal tokens
+        tokens += count
+        bar.set_postfix_str(f"{stage} {tokens} tok, {tokens / max(time() - began, 1e-9):.0f} tok/s", refresh=tokens == count)
+
+    return progress
+
+
+def _one_line(error: Exception) -> str:
+    hint = "; lower engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{hint}"
+
+
+def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
+    """The final table of the examples that this command asked for, from parquet; printed and kept as summary.json."""
+    samples = read_table(directory.path, "samples")
+    wanted = {str(i) for i in range(limit)}
+    samples = samples[samples.subtask.isin(task.subtasks) & samples.example_id.isin(wanted)]
+    order = {(v.name, v.label): i for i, v in enumerate(variants)}
+    rank = [order.get(pair, len(order)) for pair in zip(samples.method, samples.variant, strict=True)]
+    place = {subtask: i for i, subtask in enumerate(task.subtasks)}
+    samples = (
+        samples.assign(_rank=rank, _place=samples.subtask.map(place))
+        .sort_values(["_rank", "_place"], kind="stable")
+        .drop(columns=["_rank", "_place"])
+    )
+    table = summarise(samples)
+    directory.write_text("summary.json", table.to_json(orient="records", indent=1))
+    print(format_table(table))
+    print(f"records: {directory.path}")
+    return table
+
+
+def _guarded(cfg: DictConfig) -> None:
+    try:
+        code = run(cfg)
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("macbench: interrupted; finished examples are kept, the same command continues", file=sys.stderr)
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_guarded)
+
+
+def main() -> None:
+    """Entry point of ``macbench`` and ``python -m macbench.run``."""
+    sys.argv[1:] = cli.normalise(sys.argv[1:])
+    try:
+        cli.check(sys.argv[1:])
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    _hydra_main()
+
+
+if __name__ == "__main__":
+    main()

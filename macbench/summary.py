@@ -1,0 +1,77 @@
+"""From sample rows to the table at the end of a run: scores with standard errors, ratios of sums, steps and latency."""
+
+import math
+
+import pandas as pd
+
+from macbench.counting import READ_CATEGORIES
+
+
+def summarise(samples: pd.DataFrame) -> pd.DataFrame:
+    """A row per method variant and subtask, and for several subtasks one named ``all`` whose score is the plain mean of the subtasks'.
+
+    ``score_se`` is the standard error of the mean over examples; of ``all``, that of the mean over subtasks. Ratios are ratios of sums.
+    """
+    rows = []
+    for (method, variant), group in samples.groupby(["method", "variant"], sort=False):
+        parts = [_row(method, variant, subtask, rows_) for subtask, rows_ in group.groupby("subtask", sort=False)]
+        rows += parts
+        if len(parts) > 1:
+            total = _row(method, variant, "all", group)
+            scored = [p for p in parts if p["examples"]]
+            total["score"] = sum(p["score"] for p in scored) / len(scored) if scored else math.nan
+            total["score_se"] = math.sqrt(sum(p["score_se"] ** 2 for p in scored)) / len(scored) if scored else math.nan
+            rows.append(total)
+    return pd.DataFrame(rows)
+
+
+def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
+    good = group[group.error.isna()]
+    n = len(good)
+    sums = good.sum(numeric_only=True)
+
+    def ratio(a: float, b: float) -> float:
+        return a / b if b else math.nan
+
+    weights = good.tokens_log_full.where(good.hit_rate.notna(), 0)
+    steps = int(good.decode_steps.sum()) if n else 0
+    return {
+        "method": method,
+        "variant": variant,
+        "subtask": subtask,
+        "examples": n,
+        "errors": len(group) - n,
+        "score": good.score.mean() if n else math.nan,
+        "score_se": good.score.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
+        "rho_log": ratio(sums.get("tokens_log", 0), sums.get("tokens_log_full", 0)),
+        "rho_phys": ratio(sums.get("tokens_phys", 0), sums.get("tokens_phys_full", 0)),
+        "rho_bytes": ratio(sum(sums.get(f"bytes_{c}", 0) for c in READ_CATEGORIES), sums.get("bytes_full", 0)),
+        "hit_rate": ratio((good.hit_rate.fillna(0) * good.decode_steps).sum(), good.decode_steps.where(weights > 0, 0).sum()),
+        "steps": steps,
+        "ms_per_token": 1e3 * ratio(sums.get("decode_s", 0), steps),
+        "prefill_s": good.prefill_s.mean() if n else math.nan,
+    }
+
+
+_FORMATS = {
+    "score": "{:.3f}",
+    "score_se": "{:.3f}",
+    "rho_log": "{:.4f}",
+    "rho_phys": "{:.4f}",
+    "rho_bytes": "{:.4f}",
+    "hit_rate": "{:.4f}",
+    "ms_per_token": "{:.1f}",
+    "prefill_s": "{:.2f}",
+}
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Plain text; what does not apply is a dash. Columns that are the same everywhere and say nothing are left out."""
+    shown = table.copy()
+    for column, form in _FORMATS.items():
+        shown[column] = [form.format(x) if pd.notna(x) else "-" for x in table[column]]
+    if (table.variant == "").all():
+        shown = shown.drop(columns="variant")
+    if (table.errors == 0).all():
+        shown = shown.drop(columns="errors")
+    return shown.to_string(index=False)

@@ -1,0 +1,91 @@
+"""Common words: ten words of a long numbered list appear more often than the others."""
+
+from functools import cached_property
+
+import numpy as np
+
+from macbench.tasks.ruler import protocol
+from macbench.tasks.ruler.fit import Draft
+from macbench.tasks.ruler.generator import Generator, Kit
+from macbench.tasks.ruler.rng import Rng
+
+
+class CommonWords(Generator):
+    """As common_words_extraction.py: a worked example, then the question; with a chat template the example is a whole exchange.
+
+    The unit of haystack is a different word. The order of a list is random for every sample, RULER repeats one permutation.
+    """
+
+    def __init__(self, name: str, kit: Kit):
+        super().__init__(name, kit, {"space"})
+        self.before, self.after = self.wording.template.split("{context}")
+        short = kit.ctx < protocol.CWE_SHORT
+        self.example_size = protocol.CWE_EXAMPLE_SHORT if short else protocol.CWE_EXAMPLE
+        self.repeats = protocol.CWE_REPEATS_SHORT if short else protocol.CWE_REPEATS
+        self._numbers = np.empty(0, np.int64)
+
+    def load(self) -> None:
+        _ = self.kit.data.words, self.kit.data.english_words
+
+    def draft(self, index: int) -> Draft:
+        rng = self.rng(index)
+        known = self.kit.data.words.shuffled
+        draft = self._draft(rng, known, known)
+        english = self.kit.data.english_words
+        if len(english) > len(known) == draft.largest and self.pieces.count(draft.parts(draft.largest)) <= self.room:
+            draft = self._draft(rng.child("english"), known, english)  # as in RULER: too few words in one list, so all from the other
+        return draft
+
+    def _draft(self, rng: Rng, known: list[str], vocabulary: list[str]) -> Draft:
+        size, *repeats = self.example_size
+        shown = [known[i] for i in rng.sample(len(known), size)]
+        # An item has a number and a word, so at least two tokens.
+        largest = min(len(vocabulary), protocol.CWE_COMMON + max(1, self.kit.ctx // 2 // self.repeats[1]))
+        words = [vocabulary[i] for i in rng.sample(len(vocabulary), largest)]
+        ask = self.chat.tail + self.wording.answer_prefix
+        answers = " ".join(f"{i}. {word}" for i, word in enumerate(shown[: protocol.CWE_COMMON], 1))
+        example, last = self._list(self.pieces.add(f" {word}" for word in shown), repeats, rng.child("example"))
+        between = f" {shown[last]}{self.after}{ask} {answers}\n{self._second_head}{self.before}1."
+        entries = self.pieces.add(f" {word}" for word in words)
+
+        def parts(n: int) -> list:
+            items, last = self._list(entries[:n], self.repeats, rng.child("order", n))
+            return [f"{self.chat.head}{self.before}1.", example, between, items, f" {words[last]}{self.after}{ask}"]
+
+        def meta(n: int) -> dict:
+            return {"vocabulary": len(vocabulary), "capped": n == len(vocabulary)}
+
+        tokens = self._tokens(entries) if self.pieces.additive else None
+        return Draft(words[: protocol.CWE_COMMON], parts, protocol.CWE_COMMON + 1, largest, tokens, meta)
+
+    def _number(self, items: int) -> np.ndarray:
+        """Entries of " 2." to the number of the last item, int64 [items - 1]."""
+        if items > len(self._numbers) + 1:
+            self._numbers = self.pieces.add(f" {i}." for i in range(2, items + 1))
+        return self._numbers[: items - 1]
+
+    def _list(self, entries: np.ndarray, repeats: tuple[int, int], rng: Rng) -> tuple[np.ndarray, int]:
+        """A numbered list in random order without its first number and last word: entries, and which word the last one is.
+
+        The first ``CWE_COMMON`` words come ``repeats[0]`` times, the others ``repeats[1]`` times.
+        """
+        times = np.repeat(repeats, [protocol.CWE_COMMON, len(entries) - protocol.CWE_COMMON])
+        order = np.repeat(np.arange(len(entries)), times)
+        order = order[rng.permutation(len(order))]
+        items = np.empty(2 * len(order) - 2, np.int64)
+        items[0::2] = entries[order[:-1]]
+        items[1::2] = self._number(len(order))
+        return items, int(order[-1])
+
+    def _tokens(self, entries: np.ndarray) -> np.ndarray:
+        """Tokens of the list with the first n words, int64 [len(entries) + 1]; below CWE_COMMON words they are not used."""
+        times = np.where(np.arange(len(entries)) < protocol.CWE_COMMON, *self.repeats)
+        items = np.cumsum(times)
+        numbers = np.cumsum(self.pieces.lengths(self._number(items[-1])))
+        return np.concatenate([[0], np.cumsum(times * self.pieces.lengths(entries)) + numbers[items - 2]])
+
+    @cached_property
+    def _second_head(self) -> str:
+        """The chat template's head for the question after the example: a BOS that it spells out belongs to the first one only."""
+        bos = self.chat.tokenizer.bos_token
+        return self.chat.head.removeprefix(bos) if bos else self.chat.head

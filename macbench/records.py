@@ -25,7 +25,10 @@ from macbench.errors import ConfigError
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
 _COUNTS = [
     (name, pa.int64())
-    for name in "tokens_log tokens_phys bytes_kv bytes_meta bytes_state bytes_idx bytes_write bytes_maint tokens_log_full tokens_phys_full bytes_full".split()
+    for name in (
+        *("tokens_log", "tokens_phys", "bytes_kv", "bytes_meta", "bytes_state", "bytes_idx", "bytes_write", "bytes_maint"),
+        *("tokens_log_full", "tokens_phys_full", "bytes_full"),
+    )
 ]
 _RATIOS = [(name, pa.float64()) for name in ("rho_log", "rho_phys", "rho_bytes", "hit_rate")]
 

@@ -54,7 +54,7 @@ class Ring:
         return sum(t.numel() * t.element_size() for t in (self.q, self.out, self.lse, self.depth))
 
     def fill(self, q: torch.Tensor, state: State, first: int) -> None:
-        """Write exact entries of the prompt's last queries: q and state.out [batch, q_heads, n, head_dim], n <= capacity, positions from ``first``."""
+        """Write exact entries of the prompt's last n <= capacity queries, of positions from ``first``: q, state.out [batch, q_heads, n, head_dim]."""
         rows = torch.arange(first, first + q.shape[2], device=q.device) % self.capacity
         self.q[:, :, rows] = q
         self.out[:, :, rows] = state.out.to(self.out.dtype)

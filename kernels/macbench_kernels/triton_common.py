@@ -20,7 +20,7 @@ def check(q: torch.Tensor, k: torch.Tensor) -> None:
         raise UnsupportedError(f"head_dim={dim}: triton kernels take multiples of 8 up to {MAX_HEAD_DIM}, the same in the cache")
     if q.shape[1] % kv_heads or q.shape[1] // kv_heads > MAX_GROUP:
         raise UnsupportedError(
-            f"{q.shape[1]} query heads on {kv_heads} KV heads: the first must be a multiple, at most {MAX_GROUP} times, of the second"
+            f"{q.shape[1]} query heads on {kv_heads} KV heads: must be a multiple, at most {MAX_GROUP} times"
         )
     if q.device != k.device:
         raise UnsupportedError(f"queries on {q.device}, cache on {k.device}: both must be on one device")

@@ -24,7 +24,7 @@ def _match(
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
     rows = tl.where(position + 1 >= min_context, tl.minimum(position, capacity), 0)
     base = row.to(tl.int64) * capacity
-    best, best_slot = float("inf"), 0
+    best, best_slot = position * 0.0 + float("inf"), position * 0  # tensors even where the loop does not run
     for block in range(0, rows, BLOCK):
         slot = block + tl.arange(0, BLOCK)
         # The last position that was written to this row; all of them are below `position`.

@@ -66,4 +66,4 @@ class Chat:
     @property
     def bos_count(self) -> int:
         """Tokens that ``encode`` adds in front of a text that has no BOS of its own (0 or 1)."""
-        return len(self._bos) if not self.encode_piece(self.head)[:1] == self._bos else 0
+        return len(self._bos) if self.encode_piece(self.head)[:1] != self._bos else 0

@@ -27,36 +27,50 @@ class CommonWords(Generator):
     def load(self) -> None:
         _ = self.kit.data.words, self.kit.data.english_words
 
+    @cached_property
+    def _words(self) -> tuple[list[str], np.ndarray]:
+        """All words of wonderwords and their table entries: samples draw from all of them, so they are tokenised at once."""
+        return self._tokenised(self.kit.data.words.shuffled)
+
+    @cached_property
+    def _more_words(self) -> tuple[list[str], np.ndarray]:
+        return self._tokenised(self.kit.data.english_words)
+
+    def _tokenised(self, words: list[str]) -> tuple[list[str], np.ndarray]:
+        return words, self.pieces.add(f" {word}" for word in words)
+
     def draft(self, index: int) -> Draft:
         rng = self.rng(index)
-        known = self.kit.data.words.shuffled
-        draft = self._draft(rng, known, known)
-        english = self.kit.data.english_words
-        if len(english) > len(known) == draft.largest and self.pieces.count(draft.parts(draft.largest)) <= self.room:
-            draft = self._draft(rng.child("english"), known, english)  # as in RULER: too few words in one list, so all from the other
+        draft = self._draft(rng, *self._words)
+        every = draft.largest == len(self._words[0])
+        if every and self.kit.data.english_words and self.pieces.count(draft.parts(draft.largest)) <= self.room:
+            # More words are wanted than there are: as in RULER, all of them come from the larger list then.
+            return self._draft(rng.child("english"), *self._more_words)
         return draft
 
-    def _draft(self, rng: Rng, known: list[str], vocabulary: list[str]) -> Draft:
+    def _draft(self, rng: Rng, vocabulary: list[str], entries: np.ndarray) -> Draft:
         size, *repeats = self.example_size
-        shown = [known[i] for i in rng.sample(len(known), size)]
         # An item has a number and a word, so at least two tokens.
         largest = min(len(vocabulary), protocol.CWE_COMMON + max(1, self.kit.ctx // 2 // self.repeats[1]))
-        words = [vocabulary[i] for i in rng.sample(len(vocabulary), largest)]
+        shown = rng.sample(len(self._words[0]), size)
+        chosen = rng.sample(len(vocabulary), largest)
         ask = self.chat.tail + self.wording.answer_prefix
-        answers = " ".join(f"{i}. {word}" for i, word in enumerate(shown[: protocol.CWE_COMMON], 1))
-        example, last = self._list(self.pieces.add(f" {word}" for word in shown), repeats, rng.child("example"))
-        between = f" {shown[last]}{self.after}{ask} {answers}\n{self._second_head}{self.before}1."
-        entries = self.pieces.add(f" {word}" for word in words)
+        answers = " ".join(f"{i}. {self._words[0][word]}" for i, word in enumerate(shown[: protocol.CWE_COMMON], 1))
+        example, last = self._list(self._words[1][shown], repeats, rng.child("example"))
+        before = f"{self.chat.head}{self.before}1."
+        between = f" {self._words[0][shown[last]]}{self.after}{ask} {answers}\n{self._second_head}{self.before}1."
+        entries = entries[chosen]
 
         def parts(n: int) -> list:
             items, last = self._list(entries[:n], self.repeats, rng.child("order", n))
-            return [f"{self.chat.head}{self.before}1.", example, between, items, f" {words[last]}{self.after}{ask}"]
+            return [before, example, between, items, f" {vocabulary[chosen[last]]}{self.after}{ask}"]
 
         def meta(n: int) -> dict:
             return {"vocabulary": len(vocabulary), "capped": n == len(vocabulary)}
 
         tokens = self._tokens(entries) if self.pieces.additive else None
-        return Draft(words[: protocol.CWE_COMMON], parts, protocol.CWE_COMMON + 1, largest, tokens, meta)
+        common = [vocabulary[word] for word in chosen[: protocol.CWE_COMMON]]
+        return Draft(common, parts, protocol.CWE_COMMON + 1, largest, tokens, meta)
 
     def _number(self, items: int) -> np.ndarray:
         """Entries of " 2." to the number of the last item, int64 [items - 1]."""

@@ -81,7 +81,8 @@ class Data:
         articles = _field(path, self._json("squad", path), "data", list) if path else self._fetch("squad", hub.squad, SQUAD)
         where = path or "rajpurkar/squad_v2"
         paragraphs = [
-            [(_field(where, p, "context", str), _field(where, p, "qas", list)) for p in _field(where, a, "paragraphs", list)] for a in articles
+            [(_field(where, p, "context", str), _field(where, p, "qas", list)) for p in _field(where, a, "paragraphs", list)]
+            for a in articles
         ]
         docs = sorted({context for article in paragraphs for context, _ in article})
         number = {doc: i for i, doc in enumerate(docs)}

@@ -27,19 +27,21 @@ class Draft:
     meta: Callable[[int], dict] = field(default=lambda n: {})
 
 
-def largest_fit(draft: Draft, count: Callable[[list], int], budget: int) -> int | None:
-    """The n with ``count(parts(n)) <= budget`` whose successor does not fit or does not exist; None if the smallest does not fit.
+def largest_fit(draft: Draft, count: Callable[[list], int], budget: int) -> tuple[int, list] | None:
+    """The n with ``count(parts(n)) <= budget`` whose successor does not fit or does not exist, and its parts; None if none fits.
 
     Counts grow with n (but for a token at the edges), so a bracket shrinks around n. Its next point comes from ``tokens``
     where they are known, else from the straight line through the last two points.
     """
     counts: dict[int, int] = {}
 
-    def fits(n: int) -> bool:
-        counts[n] = count(draft.parts(n))
-        return counts[n] <= budget
+    def fitting(n: int) -> list | None:
+        parts = draft.parts(n)
+        counts[n] = count(parts)
+        return parts if counts[n] <= budget else None
 
-    if not fits(draft.smallest):
+    best = fitting(draft.smallest)
+    if best is None:
         return None
     low, high = draft.smallest, draft.largest + 1  # low fits; high does not, or does not exist
     while high - low > 1:
@@ -54,8 +56,9 @@ def largest_fit(draft: Draft, count: Callable[[list], int], budget: int) -> int 
             slope = max((counts[b] - counts[a]) / (b - a), 0.5)
             n = low + int((budget - counts[low]) / slope)
         n = min(max(n, low + 1), high - 1)
-        low, high = (n, high) if fits(n) else (low, n)
-    return low
+        parts = fitting(n)
+        low, high, best = (low, n, best) if parts is None else (n, high, parts)
+    return low, best
 
 
 def too_small(task: str, ctx: int, needed: int) -> ConfigError:

@@ -27,6 +27,11 @@ class Kit:
         return exact_cuts(self.chat)
 
     @cached_property
+    def bos(self) -> list[int]:
+        """The BOS that ``chat.encode`` puts before a prompt; empty if there is none or the chat template spells it out."""
+        return self.chat.encode(self.chat.head or "a")[: self.chat.bos_count]
+
+    @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.chat)
 
@@ -42,7 +47,7 @@ class Generator:
         self.name, self.kit, self.chat = name, kit, kit.chat
         self.wording = protocol.WORDING[name]
         self.pieces = kit.pieces if cuts <= kit.exact else kit.whole
-        self.room = kit.ctx - self.wording.tokens_to_generate - kit.chat.bos_count  # tokens for the prompt without its BOS
+        self.room = kit.ctx - self.wording.tokens_to_generate - len(kit.bos)  # tokens for the prompt without its BOS
 
     def draft(self, index: int) -> Draft:
         raise NotImplementedError
@@ -59,14 +64,13 @@ class Generator:
 
     def example(self, index: int) -> Example:
         draft = self.draft(index)
-        units = largest_fit(draft, self.pieces.count, self.room)
-        if units is None:
+        fit = largest_fit(draft, self.pieces.count, self.room)
+        if fit is None:
             spare = self.kit.ctx - self.room
             raise too_small(self.name, self.kit.ctx, self.pieces.count(draft.parts(draft.smallest)) + spare)
-        parts = draft.parts(units)
+        units, parts = fit
         prompt = self.pieces.text(parts)
-        bos = self.chat.encode(self.chat.head or "a")[: self.chat.bos_count]
-        input_ids = bos + self.pieces.ids(parts).tolist()
+        input_ids = self.kit.bos + self.pieces.ids(parts).tolist()
         if len(input_ids) + self.wording.tokens_to_generate > self.kit.ctx:
             raise AssertionError(f"{self.name} {index}: {len(input_ids)} prompt tokens do not leave room to generate in {self.kit.ctx}")
         meta = {"index": index, "haystack_units": units, **draft.meta(units)}

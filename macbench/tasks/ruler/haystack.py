@@ -1,13 +1,14 @@
 """Haystacks of the needle tasks: noise, other needles, essays. Each knows its units as table entries and the tokens of the first n."""
 
 import re
-import uuid
+from itertools import pairwise
 
 import numpy as np
 
 from macbench.tasks.ruler import protocol
-from macbench.tasks.ruler.pieces import Pieces, split_uuid
+from macbench.tasks.ruler.pieces import Pieces
 from macbench.tasks.ruler.rng import Rng, scaled
+from macbench.tasks.ruler.uuids import UuidPieces, uuid_letters
 from macbench.tasks.ruler.words import WordLists
 
 # The rule for ends of sentences, judged from a word and the one after it. RULER asks nltk's punkt model, which is a download.
@@ -17,14 +18,9 @@ _NO_END = re.compile(r"(?:^|[\"'(\[])(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof|Inc|Co|
 
 def sentence_ends(words: list[str]) -> np.ndarray:
     """How many words stand before each end of a sentence, increasing, int64 [sentences - 1]: the end of the text is not among them."""
-    pairs = enumerate(zip(words, words[1:], strict=False), 1)
+    pairs = enumerate(pairwise(words), 1)
     ends = [n for n, (word, after) in pairs if _END.search(word) and not after[:1].islower() and not _NO_END.search(word)]
     return np.array(ends, np.int64)
-
-
-def random_uuid(high: int, low: int) -> str:
-    """A version 4 uuid from two random 64-bit words."""
-    return str(uuid.UUID(int=(high << 64) | low, version=4))
 
 
 def _running(lengths: np.ndarray) -> np.ndarray:
@@ -80,16 +76,19 @@ class NeedleTables:
 
     def __init__(self, pieces: Pieces, task: protocol.Needles, words: WordLists):
         self.pieces = pieces
-        start, middle = protocol.NEEDLE.format(type_needle_v=task.value, key="{key}", value="{value}").split("{value}")[0].split("{key}")
-        self._start, self._middle = start.rstrip(), middle.rstrip()
+        # "One of ... for" before the key, " is:" between key and value, and the end of the line
+        start, middle, _ = protocol.NEEDLE.format(type_needle_v=task.value, key="|", value="|").split("|")
+        start, middle = start.rstrip(), middle.rstrip()
         if task.key == "uuids":
             self.raw_words, self.draw = 4, self._draw_uuids
+            self._uuids = UuidPieces(pieces)
+            self._around = pieces.add([start, middle, ".\n"])
         else:
             self.raw_words, self.draw = 2, self._draw_words
             self._words = words
             # In this order the parts make "One of ... for big", "-dog is:", " 123", "456", "7.\n".
-            self._first = pieces.add(f"{self._start} {word}" for word in words.adjectives)
-            self._second = pieces.add(f"-{word}{self._middle}" for word in words.nouns)
+            self._first = pieces.add(f"{start} {word}" for word in words.adjectives)
+            self._second = pieces.add(f"-{word}{middle}" for word in words.nouns)
             self._third = pieces.add(f" {n}" for n in range(100, 1000))
             self._fourth = pieces.add(f"{n:03d}" for n in range(1000))
             self._fifth = pieces.add(f"{n}.\n" for n in range(10))
@@ -106,15 +105,10 @@ class NeedleTables:
 
     def _draw_uuids(self, raw: np.ndarray, taken: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Entries of lines with uuids from ``raw`` [lines, 4]; and where each line ends. Uuids never repeat."""
-        words = raw.ravel().tolist()
-        texts = split_uuid("".join(f" {random_uuid(high, low)}" for high, low in zip(words[0::2], words[1::2], strict=True)))
-        runs = self.pieces.add(texts)
-        starts = np.flatnonzero([text[0] == " " for text in texts])  # only the first run of a uuid begins with a space
-        keys, values, ends = starts[0::2], starts[1::2], np.append(starts[2::2], len(runs))
-        # "One of ... for" before every key, " is:" before every value, the end of the line after it.
-        where = np.stack([keys, values, ends], axis=1).ravel()
-        around = np.tile(self.pieces.add([self._start, self._middle, ".\n"]), len(raw))
-        return np.insert(runs, where, around), ends + 3 * np.arange(1, len(raw) + 1)
+        runs, starts = self._uuids.entries(uuid_letters(raw.reshape(-1, 2)))
+        ends = np.append(starts[2::2], len(runs))
+        where = np.stack([starts[0::2], starts[1::2], ends], axis=1).ravel()
+        return np.insert(runs, where, np.tile(self._around, len(raw))), ends + 3 * np.arange(1, len(raw) + 1)
 
 
 class Essays:

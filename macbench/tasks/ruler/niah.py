@@ -1,12 +1,14 @@
 """Needles in a haystack: eight tasks of keys and values hidden in noise, in essays or among other needles."""
 
 from functools import cached_property
+from itertools import pairwise
 
 from macbench.tasks.ruler import protocol
 from macbench.tasks.ruler.fit import Draft
 from macbench.tasks.ruler.generator import Generator, Kit
-from macbench.tasks.ruler.haystack import Distractors, Essays, NeedleTables, Noise, random_uuid
+from macbench.tasks.ruler.haystack import Distractors, Essays, NeedleTables, Noise
 from macbench.tasks.ruler.rng import Rng
+from macbench.tasks.ruler.uuids import random_uuid
 
 
 class Niah(Generator):
@@ -72,12 +74,12 @@ class Niah(Generator):
 
     def _key(self, rng: Rng) -> tuple[str, int]:
         if self.task.key == "uuids":
-            return random_uuid(*rng.raw(2).tolist()), -1
+            return random_uuid(rng), -1
         number = rng.below(self.kit.data.words.pairs)
         return self.kit.data.words.pair(number), number
 
     def _value(self, rng: Rng) -> str:
-        return random_uuid(*rng.raw(2).tolist()) if self.task.value == "uuids" else str(rng.integers(10**6, 10**7, 1)[0])
+        return random_uuid(rng) if self.task.value == "uuids" else str(rng.integers(10**6, 10**7, 1)[0])
 
     def _in_lines(self, rng: Rng, needles: list[str], references: list[str], tail: str, taken: list[int]) -> Draft:
         """Needles before random lines of a haystack of ``n`` lines."""
@@ -123,7 +125,7 @@ class Niah(Generator):
         """
         words, entries = self._essays.words, self._essays.entries
         result, loose = [], self.chat.head + self.before
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
                 loose += " " if i else ""
             elif i == 0:

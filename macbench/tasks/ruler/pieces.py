@@ -9,45 +9,42 @@ generators use, each with texts to try it on. A generator that needs a kind of c
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
 from macbench.models.chat import Chat
 
-_UUID = re.compile(r"[ -]?(?:[a-z]+|[0-9]{1,3})")
-
-
-def split_uuid(text: str) -> list[str]:
-    """Pieces of a text of uuids and spaces: runs of letters, and runs of digits in threes from the left, each with what is before it."""
-    return _UUID.findall(text)
-
-
-def split_number(number: int | str) -> list[str]:
-    """Pieces of a space, a 7-digit number and the end of its line: digits in threes from the left."""
-    digits = str(number)
-    return [f" {digits[:3]}", digits[3:6], f"{digits[6:]}.\n"]
+_FEW = 8  # texts for which waking threads costs more than they save
+_WORD = re.compile(r" ?[^ ]+")
+_ODD_SPACE = re.compile(r" \s|\s ")  # a space beside other white space is no safe cut
 
 
 def _sentence(text: str) -> list[str]:
     return re.split(r"(?<=\S)(?= )", text)
 
 
-_UUIDS = " 5f0c32b8-71da-4e05-9b1f-000123abcdef c9a646d3-9c61-4cb7-bfcd-ee2522c8f633 12345678-9012-4345-8678-901234567890"
+_UUIDS = """One of the uuids for 5f0c32b8-71da-4e05-9b1f-000123abcdef is: c9a646d3-9c61-4cb7-bfcd-ee2522c8f633.
+One of the uuids for 12345678-9012-4345-8678-901234567890 is: abcdefab-cdef-4bcd-aaaa-f0e1d2c3b4a5.
+"""
 _NUMBERS = [str(1_000_000 + 8_999_999 * i // 96) for i in range(97)]
 # Kind of cut -> texts, each in pieces.
 CUTS: dict[str, list[list[str]]] = {
     # before a space that follows no white space: everything else rests on this one
     "space": [
-        _sentence("The grass is \"green\" (or 3.5% blue), isn't it? We'd say: no -- not £20, $1,000 or e.g. 2024... naïve — oh\x97well! Ok."),
+        _sentence("The grass is \"green\" (or 3.5% blue), isn't it? We'd say: no -- not £20, $1,000 or e.g. 2024... naïve — so."),
         ["afterwards.\nJuly", " 2010", " One", " of is: 1234567.", "  One", " of", " 1. word", " 2. word\nQuestion: x"],
         ["Memorize\n\nThe", " grass again.\nVAR", " AAAAA = VAR BBBBB \nThe", " grass again.\nVAR", " XYZZY = 12345\nQuestion: x"],
         ["given documents.\n\nDocument", " 1:\nThe Normans.)  \n\nDocument", " 12:\nx"],
     ],
     # after a single newline that follows punctuation, before no white space
     "line": [["text:\n", "One of.\n", "The grass again.\n", '"Quoted" words:\n', "(2nd) thing.\n", "14 things.\n", "What is it?"]],
+    # before a hyphen between letters
     "hyphen": [["One of the magic numbers for happy", "-go-lucky is:", " x", "-ray is:", " contact", "-lens is:"]],
-    "digits": [[piece for number in _NUMBERS for piece in ("is:", *split_number(number))]],
-    "uuid": [["for", *split_uuid(_UUIDS), " is:", *split_uuid(_UUIDS), ".\n", "One of"]],
+    # in threes from the left of a number, with the space before and the end of the line after it
+    "digits": [[piece for n in _NUMBERS for piece in ("is:", f" {n[:3]}", n[3:6], f"{n[6:]}.\n")]],
+    # around the runs of letters and of digits of a uuid, and in threes inside a run of digits
+    "uuid": [re.findall(r"One of .*? for| is:|\.\n|[ -]?(?:[a-f]+|[0-9]{1,3})", _UUIDS)],
 }
 
 
@@ -55,9 +52,19 @@ def exact_cuts(chat: Chat) -> frozenset[str]:
     """The kinds of cut that hold for a tokenizer, tried on the texts of `CUTS`."""
 
     def adds_up(pieces: list[str]) -> bool:
-        return chat.encode_piece("".join(pieces)) == [token for piece in pieces for token in chat.encode_piece(piece)]
+        return chat.encode_piece("".join(pieces)) == [token for ids in _encode_batch(chat, pieces) for token in ids]
 
     return frozenset(kind for kind, texts in CUTS.items() if all(map(adds_up, texts)))
+
+
+def _encode_batch(chat: Chat, texts: list[str]) -> list[list[int]]:
+    """``chat.encode_piece`` of many texts; straight from the Rust tokenizer, where there is one, for half the time or less."""
+    rust = getattr(chat.tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        return [chat.encode_piece(text) for text in texts]
+    if len(texts) < _FEW:
+        return [rust.encode(text, add_special_tokens=False).ids for text in texts]
+    return [encoding.ids for encoding in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class Pieces:
@@ -77,25 +84,37 @@ class Pieces:
         self._ends = np.zeros(1 << 8, np.int64)  # entry i is _flat[_ends[i]:_ends[i + 1]]
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.array(self.chat.encode_piece(text), np.int32)
+        return np.array(_encode_batch(self.chat, [text])[0], np.int32)
 
     def add(self, texts: Iterable[str]) -> np.ndarray:
         """Entries of ``texts``, int64 [len(texts)]; unknown ones are tokenised, all in one batch."""
         texts = list(texts)
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._index]
-        if unknown:
-            self._append(unknown)
-        return np.fromiter(map(self._index.__getitem__, texts), np.int64, len(texts))
+        entries = list(map(self._index.get, texts))
+        if None in entries:
+            self._append([text for text in dict.fromkeys(texts) if text not in self._index])
+            entries = list(map(self._index.get, texts))
+        return np.array(entries, np.int64)
+
+    def add_documents(self, texts: list[str]) -> np.ndarray:
+        """The same for different long texts, put together from their words: most words are known from other documents."""
+        words = [_WORD.findall(text) if not _ODD_SPACE.search(text) else [text] for text in texts]
+        entries = self.add(word for one in words for word in one)
+        ends = np.cumsum([len(one) for one in words])
+        running = np.cumsum(self.lengths(entries))[ends - 1]
+        self._store(texts, self._gather(entries), np.diff(running, prepend=0))
+        return np.arange(len(self._texts) - len(texts), len(self._texts))
 
     def _append(self, texts: list[str]) -> None:
-        first, last = len(self._texts), len(self._texts) + len(texts)
-        encoded = self.chat.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = _encode_batch(self.chat, texts)
         lengths = np.fromiter(map(len, encoded), np.int64, len(texts))
+        self._store(texts, np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum()), lengths)
+
+    def _store(self, texts: list[str], flat: np.ndarray, lengths: np.ndarray) -> None:
+        first, last = len(self._texts), len(self._texts) + len(texts)
         self._ends = _grown(self._ends, last + 1)
         self._ends[first + 1 : last + 1] = self._ends[first] + np.cumsum(lengths)
         self._flat = _grown(self._flat, self._ends[last])
-        flat = (token for ids in encoded for token in ids)
-        self._flat[self._ends[first] : self._ends[last]] = np.fromiter(flat, np.int32, lengths.sum())
+        self._flat[self._ends[first] : self._ends[last]] = flat
         self._index.update(zip(texts, range(first, last), strict=True))
         self._texts += texts
 
@@ -128,6 +147,9 @@ class WholeTexts(Pieces):
     """The same table for a tokenizer that cannot be cut: it keeps texts only, and every count tokenises the whole prompt."""
 
     additive = False
+
+    def add_documents(self, texts: list[str]) -> np.ndarray:
+        return self.add(texts)
 
     def _append(self, texts: list[str]) -> None:
         self._index.update(zip(texts, range(len(self._texts), len(self._texts) + len(texts)), strict=True))

@@ -3,6 +3,7 @@
 import re
 import string
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _EXAMPLE_VALUE = "12345"
 
 def chain(names: list[str], value: str) -> list[str]:
     """The lines that give ``value`` to the first name and pass it on; a space ends every line but the first, as in RULER."""
-    return [f"VAR {names[0]} = {value}"] + [f"VAR {to} = VAR {source} " for source, to in zip(names, names[1:], strict=False)]
+    return [f"VAR {names[0]} = {value}"] + [f"VAR {to} = VAR {source} " for source, to in pairwise(names)]
 
 
 def variable_names(rng: Rng, letters: int) -> list[str]:
@@ -52,8 +53,9 @@ class VariableTracking(Generator):
             return self._plain(places, lines, names)
 
         draft = Draft([], lambda n: [text(n)], len(names), protocol.VT_EXAMPLE_TOKENS)
-        lines = largest_fit(draft, self.pieces.count, protocol.VT_EXAMPLE_TOKENS) or len(names)
-        return f"{text(lines)} {' '.join(names)}\n", names
+        fit = largest_fit(draft, self.pieces.count, protocol.VT_EXAMPLE_TOKENS)
+        plain = text(fit[0] if fit else len(names))  # RULER goes no lower, whatever the tokens
+        return f"{plain} {' '.join(names)}\n", names
 
     def _plain(self, places: list[int], lines: int, names: list[str]) -> str:
         noise: list[str] = [protocol.NOISE] * lines

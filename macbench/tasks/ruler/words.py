@@ -44,7 +44,8 @@ def read_words() -> WordLists:
     try:
         package = metadata.distribution("wonderwords")
     except metadata.PackageNotFoundError:
-        raise ConfigError("task.subtasks", "niah, cwe", f"need the word lists of wonderwords (pip install wonderwords=={VERSION})") from None
+        how = f"need the word lists of wonderwords (pip install wonderwords=={VERSION})"
+        raise ConfigError("task.subtasks", "niah, cwe", how) from None
     lists, hashes = [], {}
     for name in ("nounlist.txt", "adjectivelist.txt", "verblist.txt"):
         path = next((file.locate() for file in package.files or () if file.name == name), None)

@@ -1,0 +1,50 @@
+"""Shared fixtures. Without a GPU, Triton kernels run under the interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest  # noqa: E402
+from macbench_kernels import PagedKVCache, PagePool  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton")
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+def filled_cache(k: torch.Tensor, v: torch.Tensor, page_size: int = 16, layers: int = 1, shuffle: bool = False) -> PagedKVCache:
+    """A cache whose every layer holds k, v [B, Hkv, n, d]. ``shuffle`` scatters the pages, as after long use of a pool."""
+    batch, heads, n, dim = k.shape
+    per_request = -(-n // page_size) + 2
+    pool = PagePool(layers, heads, dim, 2 * batch * per_request + 2, page_size, k.dtype, k.device)
+    if shuffle:
+        taken = [pool.take() for _ in range(pool.pages)]
+        for page in taken[::2]:
+            pool.release(page)
+    cache = PagedKVCache(pool, batch)
+    if n:
+        cache.extend(n)
+        for layer in range(layers):
+            cache.append(layer, k, v)
+    return cache
+
+
+def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in float64: q [d], k and v [n, d] -> out [d], lse (scalar)."""
+    scores = (k.double() @ q.double()) * scale
+    return torch.softmax(scores, 0) @ v.double(), torch.logsumexp(scores, 0)

@@ -1,0 +1,32 @@
+"""Causal prompt attention with lse, with and without a band cut off, against the definition in float64."""
+
+import pytest
+import torch
+from macbench_kernels import kernels
+
+from tests.conftest import exact_state, filled_cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("length", "n", "cut", "lo"),
+    [(40, 40, 0, 0), (300, 120, 0, 0), (300, 120, 37, 0), (300, 120, 37, 5), (50, 50, 16, 0), (50, 50, 16, 4), (20, 20, 30, 0), (30, 8, 1, 29), (33, 33, 1, 40)],
+)
+def test_each_query_sees_exactly_its_keys(device, dtype, length, n, cut, lo):
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 6, 2, 64
+    k, v = (torch.randn(1, kv_heads, length, dim, dtype=dtype, device=device) for _ in range(2))
+    q = torch.randn(1, heads, n, dim, dtype=dtype, device=device)
+    first = length - n - cut
+    out, lse = kernels("torch", device).causal(q, filled_cache(k, v, shuffle=True), 0, first, 0.125, lo)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for i in range(n):
+        stop = first + i + 1
+        for h in range(heads):
+            if stop <= lo:
+                assert lse[0, h, i] == float("-inf")
+                assert not out[0, h, i].any()
+                continue
+            want, want_lse = exact_state(q[0, h, i], k[0, h // 3, lo:stop], v[0, h // 3, lo:stop], 0.125)
+            torch.testing.assert_close(out[0, h, i].double(), want, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(lse[0, h, i].double(), want_lse, atol=tolerance, rtol=tolerance)

@@ -74,4 +74,4 @@ class Generator:
         if len(input_ids) + self.wording.tokens_to_generate > self.kit.ctx:
             raise AssertionError(f"{self.name} {index}: {len(input_ids)} prompt tokens do not leave room to generate in {self.kit.ctx}")
         meta = {"index": index, "haystack_units": units, **draft.meta(units)}
-        return Example(self.name, f"{self.kit.seed}-{index}", prompt, input_ids, draft.references, self.wording.tokens_to_generate, meta)
+        return Example(self.name, str(index), prompt, input_ids, draft.references, self.wording.tokens_to_generate, meta)

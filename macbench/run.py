@@ -21,7 +21,7 @@ from macbench import cli, environment, loggers
 from macbench.engine import Engine
 from macbench.errors import ConfigError, choose
 from macbench.methods.base import Method
-from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device
+from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.summary import format_table, summarise
@@ -46,6 +46,7 @@ def run(cfg: DictConfig) -> int:
     ctx = cli.parse_ctx(cfg.ctx)
     _check_numbers(cfg)
     device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.model, device)
     variants = build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
@@ -59,7 +60,7 @@ def run(cfg: DictConfig) -> int:
     if any(todo.values()):
         model = load(cfg.model, device, chat)
         engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
-        facts = environment.facts(device, layer.name, str(model.network.dtype))
+        facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:

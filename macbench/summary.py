@@ -7,6 +7,12 @@ import pandas as pd
 from macbench.counting import READ_CATEGORIES
 
 
+COLUMNS = [
+    *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "rho_log", "rho_phys", "rho_bytes"),
+    *("hit_rate", "steps", "ms_per_token", "prefill_s"),
+]
+
+
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:
     """A row per method variant and subtask, and for several subtasks one named ``all`` whose score is the plain mean of the subtasks'.
 
@@ -22,7 +28,7 @@ def summarise(samples: pd.DataFrame) -> pd.DataFrame:
             total["score"] = sum(p["score"] for p in scored) / len(scored) if scored else math.nan
             total["score_se"] = math.sqrt(sum(p["score_se"] ** 2 for p in scored)) / len(scored) if scored else math.nan
             rows.append(total)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
@@ -33,8 +39,8 @@ def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
     def ratio(a: float, b: float) -> float:
         return a / b if b else math.nan
 
-    weights = good.tokens_log_full.where(good.hit_rate.notna(), 0)
     steps = int(good.decode_steps.sum()) if n else 0
+    matching = good.decode_steps.where(good.hit_rate.notna(), 0)  # every step of a matching method looks up the same number of heads
     return {
         "method": method,
         "variant": variant,
@@ -46,7 +52,7 @@ def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
         "rho_log": ratio(sums.get("tokens_log", 0), sums.get("tokens_log_full", 0)),
         "rho_phys": ratio(sums.get("tokens_phys", 0), sums.get("tokens_phys_full", 0)),
         "rho_bytes": ratio(sum(sums.get(f"bytes_{c}", 0) for c in READ_CATEGORIES), sums.get("bytes_full", 0)),
-        "hit_rate": ratio((good.hit_rate.fillna(0) * good.decode_steps).sum(), good.decode_steps.where(weights > 0, 0).sum()),
+        "hit_rate": ratio((good.hit_rate.fillna(0) * matching).sum(), matching.sum()),
         "steps": steps,
         "ms_per_token": 1e3 * ratio(sums.get("decode_s", 0), steps),
         "prefill_s": good.prefill_s.mean() if n else math.nan,

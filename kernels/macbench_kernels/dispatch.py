@@ -42,7 +42,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_match
+        from macbench_kernels import triton_attend, triton_mac, triton_match
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    return Kernels("triton", triton_attend.attend, triton_match.match, prefill.causal, compose(triton_match.match, triton_attend.attend))
+    return Kernels("triton", triton_attend.attend, triton_match.match, prefill.causal, triton_mac.mac_step)

@@ -1,4 +1,8 @@
-"""Paged decode attention over key spans, split over the keys (flash-decoding), and the merge of the splits."""
+"""Paged decode attention over key spans: one persistent launch over equal shares of all tiles, one that merges the pieces.
+
+A piece is what one program read of one item (see triton_spans): normalised output, and lse in base 2, of every head of the group.
+Walking its share, a program meets items in ascending order, so ``program + item`` numbers all pieces without gaps or clashes.
+"""
 
 import torch
 import triton
@@ -6,123 +10,258 @@ import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.state import State
-from macbench_kernels.triton_common import check, on_device
+from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
+from macbench_kernels.triton_spans import FAR, FULL, SPANS, bounds, extent, tiles
 
-BLOCK_KEYS = 64
-# Programs to aim for; a few times the 132 multiprocessors of an H100.
-TARGET_PROGRAMS = 528
+# Packed matches or bounds that a program of the persistent kernel looks at together.
+_PROLOGUE_ELEMENTS = 4096
 
 
 @triton.jit
-def _attend_split(
-    q_ptr, k_ptr, v_ptr, table_ptr, spans_ptr, out_ptr, lse_ptr, scale,
-    batch, heads, splits, table_stride, head_stride,
-    group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+def _tile_loop(
+    q, k_ptr, v_ptr, table_ptr, begin, end, start, stop, scale,
+    dim: tl.constexpr, page: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one (request, KV head), one split of one span. Spans int32 [S, 2, batch, heads]; out [S, splits, batch, heads, dim]."""
+    """Softmax sums of the keys [begin, end) for the heads of a group, each within its [start, stop): top [g], total [g], acc [DIM, g].
+
+    Transposed (keys and channels are rows, heads are columns), so that the long axes fill the matrix units and heads need no padding to 64.
+    ``q`` [DIM, g]; the pointers are those of one KV head and one request. GAPS: there may be keys in between that no head asked for.
+    """
+    channel = tl.arange(0, DIM)[None, :]
+    top = tl.full([GROUP], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK, GROUP], tl.float32)
+    acc = tl.zeros([DIM, GROUP], tl.float32)
+    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        key = block + tl.arange(0, BLOCK)
+        seen = (key[:, None] >= start[None, :]) & (key[:, None] < tl.minimum(stop, end)[None, :])
+        needed = key < end
+        if GAPS:
+            needed = tl.max(seen.to(tl.int32), 1) > 0
+        page_id = tl.load(table_ptr + key // page, mask=needed, other=0).to(tl.int64)
+        offset = ((page_id * page + key % page) * dim)[:, None] + channel
+        inside = needed[:, None]
+        if DIM != dim:
+            inside = inside & (channel < dim)
+        k = tl.load(k_ptr + offset, mask=inside, other=0.0)
+        score = tl.dot(k, q, input_precision="ieee") * scale
+        score = tl.where(seen, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 0))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(score - pivot[None, :])
+        fade = tl.exp2(top - pivot)
+        top = new_top
+        # Summed over keys once, at the end: one reduction across warps less per tile.
+        weight = weight * fade[None, :] + p
+        v = tl.load(v_ptr + offset, mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
+    return top, tl.sum(weight, 0), acc
+
+
+@triton.jit
+def _attend_shares(
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, spans_ptr, keys_ptr, part_ptr, part_lse_ptr, before_ptr, scale,
+    batch, heads, items, table_stride, head_stride, radius, capacity, band, sink,
+    group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr, COUNT: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program: one share of all tiles. before [items + 1] gets the number of tiles before each item; part [pieces, group, dim]."""
+    follow(EARLY)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     kv_heads = heads // group
-    request = tl.program_id(0) // kv_heads
-    kv_head = tl.program_id(0) % kv_heads
-    split, span = tl.program_id(1), tl.program_id(2)
+    total = 0
+    for first in range(0, items, CHUNK):
+        total += tl.sum(
+            tiles(
+                first + tl.arange(0, CHUNK), items, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
+                group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
+            ), 0,
+        )  # fmt: skip
+    share = tl.cdiv(total, programs)
+    begin = program * share
+    end = tl.minimum(begin + share, total)
+    first_item, last_item, at, passed = 0, 0, 0, 0
+    for first in range(0, items, CHUNK):
+        item = first + tl.arange(0, CHUNK)
+        count = tiles(
+            item, items, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
+            group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
+        )  # fmt: skip
+        upto = passed + tl.cumsum(count, 0)
+        if program == 0:
+            tl.store(before_ptr + item, upto - count, mask=item < items)
+        over = (item < items) & (upto <= begin)
+        first_item += tl.sum(over.to(tl.int32), 0)
+        last_item += tl.sum(((item < items) & (upto - count < end)).to(tl.int32), 0)
+        at = tl.maximum(at, tl.max(tl.where(over, upto, 0), 0))
+        passed += tl.sum(count, 0)
+    if program == 0:
+        tl.store(before_ptr + items, total)
 
     row = tl.arange(0, GROUP)
-    head = kv_head * group + row
-    real = row < group
-    bound = (span * 2 * batch + request) * heads + head
-    start = tl.load(spans_ptr + bound, mask=real, other=0)
-    stop = tl.load(spans_ptr + bound + batch * heads, mask=real, other=0)
-    start = tl.maximum(start, 0)
-    wanted = real & (stop > start)
-    lo = tl.min(tl.where(wanted, start, 2147483647))
-    hi = tl.max(tl.where(wanted, stop, 0))
-
-    share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BLOCK) * BLOCK
-    first = lo + split * share
-    last = tl.minimum(first + share, hi)
-
     channel = tl.arange(0, DIM)
-    q = tl.load(q_ptr + (request * heads + head)[:, None] * dim + channel, mask=real[:, None] & (channel < dim), other=0.0)
-    top = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, DIM], tl.float32)
-    base = kv_head.to(tl.int64) * head_stride
-    for block in range(first, last, BLOCK):
-        key = block + tl.arange(0, BLOCK)
-        seen = (key >= start[:, None]) & (key < stop[:, None]) & wanted[:, None] & (key < last)
-        needed = tl.max(seen.to(tl.int32), 0) > 0  # only rows that some head of the group asked for are loaded
-        page_id = tl.load(table_ptr + request * table_stride + key // page, mask=needed, other=0).to(tl.int64)
-        offset = base + (page_id * page + key % page)[:, None] * dim + channel
-        inside = needed[:, None] & (channel < dim)
-        k = tl.load(k_ptr + offset, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp(scores - pivot[:, None])
-        fade = tl.exp(top - pivot)
-        v = tl.load(v_ptr + offset, mask=inside, other=0.0)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(weights, 1)
-        top = new_top
+    if begin < end:
+        for item in range(first_item, last_item):
+            unit, span = item // COUNT, item % COUNT
+            request, kv_head = unit // kv_heads, unit % kv_heads
+            head = kv_head * group + row
+            start, stop = bounds(
+                span, request, head, item < items, row < group, lengths_ptr, spans_ptr, keys_ptr,
+                batch, heads, radius, capacity, band, sink, SOURCE=SOURCE, SPLITS=SPLITS,
+            )  # fmt: skip
+            low, high = extent(start, stop)
+            count = tl.cdiv(high - low, BLOCK)
+            first_key = low + tl.maximum(begin - at, 0) * BLOCK
+            end_key = tl.minimum(low + (end - at) * BLOCK, high)
+            at += count
+            if first_key < end_key:
+                q = tl.load(
+                    q_ptr + (request * heads + head)[None, :] * dim + channel[:, None],
+                    mask=(row < group)[None, :] & (channel < dim)[:, None], other=0.0,
+                )  # fmt: skip
+                base = kv_head.to(tl.int64) * head_stride
+                k, v, table = k_ptr + base, v_ptr + base, table_ptr + request * table_stride
+                if SOURCE == SPANS:
+                    # Heads that all start or all stop together leave no gap. Only then are the loads free of a mask from all heads.
+                    some = stop > start
+                    together = (tl.min(tl.where(some, stop, FAR), 0) == high) | (tl.max(tl.where(some, start, 0), 0) == low)
+                    if together:
+                        top, total_weight, acc = _tile_loop(
+                            q, k, v, table, first_key, end_key, start, stop, scale,
+                            dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
+                        )  # fmt: skip
+                    else:
+                        top, total_weight, acc = _tile_loop(
+                            q, k, v, table, first_key, end_key, start, stop, scale,
+                            dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=True,
+                        )  # fmt: skip
+                else:
+                    top, total_weight, acc = _tile_loop(
+                        q, k, v, table, first_key, end_key, start, stop, scale,
+                        dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
+                    )  # fmt: skip
+                norm, lse = finish(top, total_weight)
+                target = (program + item) * group + row
+                tl.store(part_lse_ptr + target, lse, mask=row < group)
+                tl.store(
+                    part_ptr + target[None, :] * dim + channel[:, None], acc / norm[None, :],
+                    mask=(row < group)[None, :] & (channel < dim)[:, None],
+                )  # fmt: skip
 
-    found = total > 0
-    norm = tl.where(found, total, 1.0)
-    target = ((span * splits + split) * batch + request) * heads + head
-    tl.store(lse_ptr + target, tl.where(found, top + tl.log(norm), float("-inf")), mask=real)
-    tl.store(out_ptr + target[:, None] * dim + channel, acc / norm[:, None], mask=real[:, None] & (channel < dim))
 
 
 @triton.jit
-def _merge_splits(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, rows,
-    dim: tl.constexpr, DIM: tl.constexpr,
+def fold_pieces(
+    top, total, acc, part_ptr, part_lse_ptr, before_ptr, item, items, programs, row,
+    group: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: the state of one (span, request, head) from its splits. part [S, splits, rows, dim] -> out [S, rows, dim]."""
-    row, span = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, DIM)
-    top, total = float("-inf"), 0.0
-    acc = tl.zeros([DIM], tl.float32)
-    for split in range(splits):
-        source = (span * splits + split) * rows + row
-        lse = tl.load(part_lse_ptr + source)
-        new_top = tl.maximum(top, lse)
+    """Add all pieces of an item, for the head ``row`` of its group, to softmax sums (top, total scalars, acc [DIM])."""
+    channel = tl.arange(0, DIM)[None, :]
+    before, upto = tl.load(before_ptr + item), tl.load(before_ptr + item + 1)
+    share = tl.maximum(tl.cdiv(tl.load(before_ptr + items), programs), 1)
+    first = before // share
+    count = tl.where(upto > before, (upto - 1) // share - first + 1, 0)
+    for block in range(0, count, PIECES):
+        index = block + tl.arange(0, PIECES)
+        here = index < count
+        at = (first + item + index) * group + row
+        lse = tl.load(part_lse_ptr + at, mask=here, other=float("-inf"))
+        part = tl.load(part_ptr + at[:, None] * dim + channel, mask=here[:, None] & (channel < dim), other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, weight = tl.exp(top - pivot), tl.exp(lse - pivot)
-        part = tl.load(part_ptr + source * dim + channel, mask=channel < dim, other=0.0)
-        acc = acc * fade + part * weight
-        total = total * fade + weight
+        fade, weight = tl.exp2(top - pivot), tl.exp2(lse - pivot)
+        acc = acc * fade + tl.sum(part * weight[:, None], 0)
+        total = total * fade + tl.sum(weight, 0)
         top = new_top
-    found = total > 0
-    norm = tl.where(found, total, 1.0)
-    target = span * rows + row
-    tl.store(lse_ptr + target, tl.where(found, top + tl.log(norm), float("-inf")))
-    tl.store(out_ptr + target * dim + channel, acc / norm, mask=channel < dim)
+    return top, total, acc
+
+
+@triton.jit
+def _merge_pieces(
+    part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs,
+    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program: the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
+    follow(EARLY)
+    at, span = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, DIM)
+    top, total, acc = fold_pieces(
+        tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DIM], tl.float32),
+        part_ptr, part_lse_ptr, before_ptr, at // group * COUNT + span, items, programs, at % group,
+        group=group, dim=dim, DIM=DIM, PIECES=PIECES,
+    )  # fmt: skip
+    norm, lse = finish(top, total)
+    target = span * rows + at
+    tl.store(lse_ptr + target, lse * LN2)
+    tl.store(out_ptr + target.to(tl.int64) * dim + channel, acc / norm, mask=channel < dim)
+
+
+def tuning(dim: int, group: int, itemsize: int) -> dict:
+    """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor."""
+    wide = triton.next_power_of_2(dim)
+    block = max(16, min(64, 32768 // (wide * itemsize)))
+    stage_bytes = 2 * block * wide * itemsize
+    return {"block": block, "stages": 4 if stage_bytes <= 32768 else 3, "warps": 4, "occupancy": 2 if stage_bytes <= 32768 else 1}
+
+
+class Pieces:
+    """Launch of the persistent kernel and the scratch that it fills: part float32 [pieces, group, d], part_lse, before."""
+
+    def __init__(
+        self, q, cache: PagedKVCache, layer: int, scale: float, source, count: int,
+        spans=None, keys=None, radius=0.0, capacity=1, band=0, sink=0, **override,
+    ):  # fmt: skip
+        k, v = cache.keys(layer), cache.values(layer)
+        batch, heads, dim = q.shape
+        kv_heads, _, page, _ = k.shape
+        table, lengths = cache.block_table, cache.lengths
+        group = heads // kv_heads
+        knobs = tuning(dim, group, q.element_size()) | override
+        columns = triton.next_power_of_2(group)
+        splits = 1 if keys is None else keys.shape[0]
+        self.items = batch * kv_heads * count
+        most = self.items * triton.cdiv(table.shape[1] * page, knobs["block"])
+        self.programs = max(1, min(processors(q.device) * knobs["occupancy"], most))
+        pieces = self.programs + self.items
+        self.part = torch.empty(pieces, group, dim, dtype=torch.float32, device=q.device)
+        self.part_lse = torch.empty(pieces, group, dtype=torch.float32, device=q.device)
+        self.before = torch.empty(self.items + 1, dtype=torch.int32, device=q.device)
+        self.early = dependent_launch(q.device)
+        chunk = max(16, min(triton.next_power_of_2(self.items), _PROLOGUE_ELEMENTS // columns))
+        _attend_shares[(self.programs,)](
+            q, k, v, table, lengths, spans, keys, self.part, self.part_lse, self.before, scale * LOG2E.value,
+            batch, heads, self.items, table.stride(0), k.stride(0), radius, capacity, band, sink,
+            group=group, dim=dim, page=page, COUNT=count, SOURCE=source.value, SPLITS=splits,
+            GROUP=max(16, columns), HEADS=columns, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"], CHUNK=chunk, STAGES=knobs["stages"],
+            EARLY=self.early, num_warps=knobs["warps"], **launch_options(self.early),
+        )  # fmt: skip
 
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
     """See torch_backend.attend: q [B, Hq, d], spans int32 [S, 2, B, Hq] -> out float32 [S, B, Hq, d], lse [S, B, Hq]. No host synchronisation."""
-    k, v = cache.keys(layer), cache.values(layer)
-    check(q, k)
-    q, spans = q.contiguous(), spans.contiguous()
-    count, _, batch, heads = spans.shape
-    kv_heads, _, page, dim = k.shape
-    capacity = cache.block_table.shape[1] * page
-    splits = max(1, min(TARGET_PROGRAMS // (batch * kv_heads * count), triton.cdiv(capacity, 4 * BLOCK_KEYS)))
-    part = torch.empty(count, splits, batch, heads, dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(count, splits, batch, heads, dtype=torch.float32, device=q.device)
-    wide = triton.next_power_of_2(dim)
-    group = heads // kv_heads
+    check(q, cache.keys(layer))
     with on_device(q):
-        _attend_split[(batch * kv_heads, splits, count)](
-            q, k, v, cache.block_table, spans, part, part_lse, scale,
-            batch, heads, splits, cache.block_table.stride(0), k.stride(0),
-            group=group, dim=dim, page=page,
-            GROUP=max(16, triton.next_power_of_2(group)), DIM=wide, BLOCK=BLOCK_KEYS,
-        )  # fmt: skip
-        if splits == 1:
-            return State(part[:, 0], part_lse[:, 0])
-        out = torch.empty(count, batch, heads, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(count, batch, heads, dtype=torch.float32, device=q.device)
-        _merge_splits[(batch * heads, count)](part, part_lse, out, lse, splits, batch * heads, dim=dim, DIM=wide)
+        q = q.contiguous()
+        count = spans.shape[0]
+        return _merged(q, Pieces(q, cache, layer, scale, SPANS, count, spans.contiguous()), count, torch.float32)
+
+
+def attend_full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float, dtype: torch.dtype = torch.float32, **override) -> State:
+    """Every visible key: q [B, Hq, d] -> out [B, Hq, d] in ``dtype``, lse float32 [B, Hq]. ``override``: see ``tuning``."""
+    check(q, cache.keys(layer))
+    with on_device(q):
+        q = q.contiguous()
+        state = _merged(q, Pieces(q, cache, layer, scale, FULL, 1, **override), 1, dtype)
+    return State(state.out[0], state.lse[0])
+
+
+def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> State:
+    batch, heads, dim = q.shape
+    out = torch.empty(count, batch, heads, dim, dtype=dtype, device=q.device)
+    lse = torch.empty(count, batch, heads, dtype=torch.float32, device=q.device)
+    _merge_pieces[(batch * heads, count)](
+        pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs,
+        group=pieces.part.shape[1], dim=dim, COUNT=count, DIM=triton.next_power_of_2(dim), PIECES=16,
+        EARLY=pieces.early, num_warps=4, **launch_options(pieces.early),
+    )  # fmt: skip
     return State(out, lse)

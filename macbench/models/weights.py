@@ -30,6 +30,12 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def resolve_dtype(spec, device: str) -> torch.dtype:
+    """``auto`` is float32 on a CPU, bfloat16 on a GPU."""
+    choose("model.dtype", spec.dtype, ("auto", *DTYPES))
+    return DTYPES["float32" if device == "cpu" else "bfloat16"] if spec.dtype == "auto" else DTYPES[spec.dtype]
+
+
 def folder_or_id(spec) -> str:
     """Where the weights are: a local folder or a hub id."""
     if spec.path:
@@ -59,8 +65,7 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    choose("model.dtype", spec.dtype, ("auto", *DTYPES))
-    dtype = DTYPES["float32" if device == "cpu" else "bfloat16"] if spec.dtype == "auto" else DTYPES[spec.dtype]
+    dtype = resolve_dtype(spec, device)
     where, options = folder_or_id(spec), _revision(spec)
     try:
         network = AutoModelForCausalLM.from_pretrained(

@@ -86,9 +86,7 @@ def test_extreme_scores_do_not_overflow(backend, device):
         torch.testing.assert_close(lse[0, 0, h].double(), want_lse, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim", "message"), [(torch.float64, 64, "float16, bfloat16 or float32"), (torch.float32, 264, "head_dim=264")]
-)
+@pytest.mark.parametrize(("dtype", "dim", "message"), [(torch.float64, 64, "float16, bfloat16 or float32"), (torch.float32, 264, "head_dim=264")])
 def test_unsupported_input_is_refused_before_launch(device, dtype, dim, message):
     k = torch.zeros(1, 1, 4, dim, dtype=dtype, device=device)
     spans = torch.zeros(1, 2, 1, 1, dtype=torch.int32, device=device)

@@ -34,7 +34,14 @@ def brute_force(q, ring, position, oldest, max_chain, min_context):
 
 @pytest.mark.parametrize(
     ("positions", "oldest", "max_chain", "min_context"),
-    [([1, 40], 0, None, 0), ([39, 41], 3, None, 0), ([517, 800], 500, None, 0), ([100, 120], 0, 2, 0), ([100, 99], 0, None, 101), ([0, 5], 9, None, 0)],
+    [
+        ([1, 40], 0, None, 0),
+        ([39, 41], 3, None, 0),
+        ([517, 800], 500, None, 0),
+        ([100, 120], 0, 2, 0),
+        ([100, 99], 0, None, 101),
+        ([0, 5], 9, None, 0),
+    ],
 )
 @pytest.mark.parametrize("dim", [64, 96])
 def test_nearest_eligible_entry(backend, device, positions, oldest, max_chain, min_context, dim):

@@ -10,7 +10,17 @@ from tests.conftest import exact_state, filled_cache
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("length", "n", "cut", "lo"),
-    [(40, 40, 0, 0), (300, 120, 0, 0), (300, 120, 37, 0), (300, 120, 37, 5), (50, 50, 16, 0), (50, 50, 16, 4), (20, 20, 30, 0), (30, 8, 1, 29), (33, 33, 1, 40)],
+    [
+        (40, 40, 0, 0),
+        (300, 120, 0, 0),
+        (300, 120, 37, 0),
+        (300, 120, 37, 5),
+        (50, 50, 16, 0),
+        (50, 50, 16, 4),
+        (20, 20, 30, 0),
+        (30, 8, 1, 29),
+        (33, 33, 1, 40),
+    ],
 )
 def test_each_query_sees_exactly_its_keys(device, dtype, length, n, cut, lo):
     torch.manual_seed(0)

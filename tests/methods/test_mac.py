@@ -177,7 +177,17 @@ def test_several_requests_equal_each_alone():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tau", -1), ("tau", math.nan), ("tau", "low"), ("band", 0), ("band", 1.5), ("window", 0), ("sink", -1), ("min_context", True), ("max_chain", -2)],
+    [
+        ("tau", -1),
+        ("tau", math.nan),
+        ("tau", "low"),
+        ("band", 0),
+        ("band", 1.5),
+        ("window", 0),
+        ("sink", -1),
+        ("min_context", True),
+        ("max_chain", -2),
+    ],
 )
 def test_wrong_parameters_name_key_value_and_what_is_allowed(key, value):
     with pytest.raises(ConfigError, match=f"method.{key}={value}: must be") as error:

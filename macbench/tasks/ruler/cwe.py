@@ -101,5 +101,7 @@ class CommonWords(Generator):
     @cached_property
     def _second_head(self) -> str:
         """The chat template's head for the question after the example: a BOS that it spells out belongs to the first one only."""
-        bos = self.chat.tokenizer.bos_token
-        return self.chat.head.removeprefix(bos) if bos else self.chat.head
+        tokenizer, head = self.chat.tokenizer, self.chat.head
+        # Only where plain text gets one too: some models call the marker of every turn their BOS.
+        wants_bos = self.chat.encode("a")[0] == tokenizer.bos_token_id
+        return head.removeprefix(tokenizer.bos_token) if wants_bos else head

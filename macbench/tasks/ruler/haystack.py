@@ -11,7 +11,8 @@ from macbench.tasks.ruler.rng import Rng, scaled
 from macbench.tasks.ruler.uuids import UuidPieces, uuid_letters
 from macbench.tasks.ruler.words import WordLists
 
-# The rule for ends of sentences, judged from a word and the one after it. RULER asks nltk's punkt model, which is a download.
+# The rule for ends of sentences, judged from a word and the one after it. RULER asks nltk's English punkt model, which is a download.
+# In its essays punkt finds 31,394 ends: 30,770 are found here, and 453 are inside a word, where the scrape lost a space ("thing.We").
 _END = re.compile(r"[.?!]+[\"')\]]*$")
 _NO_END = re.compile(r"(?:^|[\"'(\[])(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof|Inc|Co|Corp|Ltd|vs|cf|e\.g|i\.e|etc|al|No|Fig|U\.S)\.$")
 
@@ -72,9 +73,13 @@ class Distractors:
 
 
 class NeedleTables:
-    """Lines of needles as table entries, many at a time. ``task`` says what keys and values are."""
+    """Lines of needles as table entries, many at a time. ``task`` says what keys and values are; ``words`` only matter for word keys.
 
-    def __init__(self, pieces: Pieces, task: protocol.Needles, words: WordLists):
+    ``draw(raw, taken)`` makes lines from ``raw`` [lines, raw_words] random words, with no key of the ``taken`` pair numbers; it
+    returns the entries of all lines in one array and where each line ends in it, int64 [lines].
+    """
+
+    def __init__(self, pieces: Pieces, task: protocol.Needles, words: WordLists | None):
         self.pieces = pieces
         # "One of ... for" before the key, " is:" between key and value, and the end of the line
         start, middle, _ = protocol.NEEDLE.format(type_needle_v=task.value, key="|", value="|").split("|")
@@ -94,7 +99,6 @@ class NeedleTables:
             self._fifth = pieces.add(f"{n}.\n" for n in range(10))
 
     def _draw_words(self, raw: np.ndarray, taken: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of lines with adjective-noun keys and 7-digit values from ``raw`` [lines, 2]; and where each line ends."""
         pairs = scaled(raw[:, 0], 0, self._words.pairs)
         pairs = np.where(np.isin(pairs, taken), (pairs + 1) % self._words.pairs, pairs)
         adjectives, nouns = np.divmod(pairs, len(self._words.nouns))
@@ -104,7 +108,7 @@ class NeedleTables:
         return table.ravel(), table.shape[1] * np.arange(1, len(raw) + 1)
 
     def _draw_uuids(self, raw: np.ndarray, taken: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of lines with uuids from ``raw`` [lines, 4]; and where each line ends. Uuids never repeat."""
+        # ``taken`` does not matter: uuids never repeat.
         runs, starts = self._uuids.entries(uuid_letters(raw.reshape(-1, 2)))
         ends = np.append(starts[2::2], len(runs))
         where = np.stack([starts[0::2], starts[1::2], ends], axis=1).ravel()

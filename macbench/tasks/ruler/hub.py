@@ -1,7 +1,6 @@
 """SQuAD and HotpotQA from the Hugging Face hub, rebuilt into the layout of the original files; imports ``datasets`` only when called."""
 
 import contextlib
-import io
 
 _TIMEOUT = 5  # seconds to answer, after which the hub counts as unreachable and only the local cache is asked
 SQUAD_REPO, HOTPOT_REPO = "rajpurkar/squad_v2", "hotpotqa/hotpot_qa"
@@ -53,7 +52,6 @@ def _rows(repo: str, config: str | None):
             # The client would retry for half a minute before it looks into its cache; offline it looks at once.
             stack.enter_context(_set(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
             stack.enter_context(_set(datasets.config, "HF_HUB_OFFLINE", True))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # progress bars
         try:
             return datasets.load_dataset(repo, config, split="validation")
         except Exception as error:

@@ -53,7 +53,7 @@ class Niah(Generator):
 
     @cached_property
     def _tables(self) -> NeedleTables:
-        return NeedleTables(self.pieces, self.task, self.kit.data.words)
+        return NeedleTables(self.pieces, self.task, self.kit.data.words if self.task.key == "words" else None)
 
     def draft(self, index: int) -> Draft:
         task, rng = self.task, self.rng(index)

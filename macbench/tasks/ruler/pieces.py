@@ -37,8 +37,8 @@ CUTS: dict[str, list[list[str]]] = {
         ["Memorize\n\nThe", " grass again.\nVAR", " AAAAA = VAR BBBBB \nThe", " grass again.\nVAR", " XYZZY = 12345\nQuestion: x"],
         ["given documents.\n\nDocument", " 1:\nThe Normans.)  \n\nDocument", " 12:\nx"],
     ],
-    # after a single newline that follows punctuation, before no white space
-    "line": [["text:\n", "One of.\n", "The grass again.\n", '"Quoted" words:\n', "(2nd) thing.\n", "14 things.\n", "What is it?"]],
+    # after a single newline that follows punctuation, before a letter or a digit
+    "line": [["text:\n", "One of.\n", "The grass again.\n", "Übung:\n", "14 things.\n", "What is it?"]],
     # before a hyphen between letters
     "hyphen": [["One of the magic numbers for happy", "-go-lucky is:", " x", "-ray is:", " contact", "-lens is:"]],
     # in threes from the left of a number, with the space before and the end of the line after it
@@ -74,10 +74,11 @@ class Pieces:
     """
 
     additive = True  # lengths of entries add up to the length of the prompt
+    _remembered = 64  # texts outside the table whose tokens are kept: those of a sample and a few more
 
     def __init__(self, chat: Chat):
         self.chat = chat
-        self.encode = lru_cache(maxsize=64)(self._encode)
+        self.encode = lru_cache(self._remembered)(self._encode)
         self._index: dict[str, int] = {}
         self._texts: list[str] = []
         self._flat = np.empty(1 << 12, np.int32)
@@ -147,6 +148,7 @@ class WholeTexts(Pieces):
     """The same table for a tokenizer that cannot be cut: it keeps texts only, and every count tokenises the whole prompt."""
 
     additive = False
+    _remembered = 2  # whole prompts
 
     def add_documents(self, texts: list[str]) -> np.ndarray:
         return self.add(texts)

@@ -32,8 +32,7 @@ NIAH = Wording(
 VARIABLE_TRACKING = Wording(
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
     "Question: Find all variables that are assigned the value {query} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, "
-    "{num_v} variables are assigned the value {query}, they are: ",
+    " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the value {query}, they are: ",
     30,
 )
 COMMON_WORDS = Wording(

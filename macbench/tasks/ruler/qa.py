@@ -36,30 +36,29 @@ class QuestionAnswering(Generator):
     def load(self) -> None:
         _ = self.questions
 
-    def check_limit(self, limit: int) -> None:
-        most = len(self.questions.questions)
-        if limit > most:
-            raise ConfigError("limit", limit, f"{self.name} has {most} questions in this data, so it must be at most {most}")
-
     @cached_property
     def _characters(self) -> np.ndarray:
         return np.array([len(doc) for doc in self.questions.docs])
 
     @cached_property
     def _known(self) -> np.ndarray:
-        """Table entry of each document, or -1 if no sample has needed it yet; int64 [documents]."""
-        return np.full(len(self.questions.docs), -1)
+        """Table entry of each document, or -1 if no sample has needed it yet; int64 [documents].
 
-    @cached_property
-    def _warm(self) -> None:
-        """Tokenise an even sample of the documents; the others share most of their words, and cost little when they come."""
-        step = int(self._characters.sum()) // _WARM_CHARACTERS + 1
-        self._entries(np.arange(0, len(self.questions.docs), step))
+        An even sample of the documents is tokenised at once; the others share most of their words, and cost little when they come.
+        """
+        known = np.full(len(self.questions.docs), -1)
+        if self.pieces.additive:
+            some = np.arange(0, len(known), int(self._characters.sum()) // _WARM_CHARACTERS + 1)
+            known[some] = self._add(some)
+        return known
+
+    def _add(self, docs: np.ndarray) -> np.ndarray:
+        return self.pieces.add_documents([self.questions.docs[i] + self.next for i in docs])
 
     def _entries(self, docs: np.ndarray) -> np.ndarray:
         new = docs[self._known[docs] < 0]
         if len(new):
-            self._known[new] = self.pieces.add_documents([self.questions.docs[i] + self.next for i in new])
+            self._known[new] = self._add(new)
         return self._known[docs]
 
     def _number(self, i: int) -> str:
@@ -92,7 +91,9 @@ class QuestionAnswering(Generator):
             per_token += 1
 
     def draft(self, index: int) -> Draft:
-        self.check_limit(index + 1)
+        if index >= len(self.questions.questions):
+            most = len(self.questions.questions)
+            raise ConfigError("limit", index + 1, f"{self.name} has {most} questions in this data, so it must be at most {most}")
         rng, docs = self.rng(index), self.questions.docs
         question, answers, _, _ = self.questions.questions[index]
         candidates, smallest = self._candidates(index, rng)
@@ -106,8 +107,8 @@ class QuestionAnswering(Generator):
             order = shuffled(n)
             pairs = np.stack([self._number_entries(n), self._entries(order)], axis=1)
             result, start = [self.chat.head + self.first], 0
-            # No cut before a document that begins with white space, nor before what follows the last one.
-            for i in [i for i in range(n - 1) if docs[order[i]][:1].isspace()]:
+            # No cut before a document that begins with white space or a sign, nor before what follows the last one.
+            for i in [i for i in range(n - 1) if not docs[order[i]][0].isalnum()]:
                 result += [pairs[start:i].ravel(), self._number(i + 1) + docs[order[i]] + self.next]
                 start = i + 1
             return [*result, pairs[start : n - 1].ravel(), self._number(n) + docs[order[-1]] + tail]
@@ -116,8 +117,6 @@ class QuestionAnswering(Generator):
             gold = np.flatnonzero(np.isin(shuffled(n), candidates[:smallest])) + 1
             return {"gold_documents": gold.tolist(), "all_documents": n == len(docs)}
 
-        if self.pieces.additive:
-            _ = self._warm
         tokens = self._tokens(candidates) if self.pieces.additive else None
         largest = len(tokens) - 1 if self.pieces.additive else len(docs)
         return Draft(answers, parts, smallest, max(largest, smallest), tokens, meta)

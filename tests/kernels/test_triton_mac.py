@@ -1,0 +1,221 @@
+"""The fused MAC step against the composed torch reference, and against poison: on the CPU interpreted in float32, on a GPU in bf16 and fp16."""
+
+import pytest
+import torch
+from macbench_kernels import MacParams, Ring, UnsupportedError, kernels
+from macbench_kernels.mac import compose
+from macbench_kernels.torch_backend import attend, match
+from macbench_kernels.triton_mac import mac_step
+
+from tests.conftest import DEVICE, filled_cache
+
+DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+reference = compose(match, attend)
+
+
+def problem(lengths, group, dim, capacity, page_size=16, kv_heads=2, dtype=torch.float32, seed=0, fill=True):
+    """Cache of mixed lengths, a ring with entries, and a query that is near some entries and far from the others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    batch, longest, heads = len(lengths), max(lengths), kv_heads * group
+    k, v = (normal(batch, kv_heads, longest, dim).to(DEVICE, dtype) for _ in range(2))
+    cache = filled_cache(k, v, page_size, shuffle=True)
+    cache.lengths.copy_(torch.tensor(lengths))
+    cache.host_lengths = list(lengths)
+    ring = Ring.create(batch, heads, capacity, dim, dtype, DEVICE)
+    if fill:
+        ring.q.copy_(normal(*ring.q.shape))
+        ring.out.copy_(normal(*ring.out.shape))
+        ring.lse.copy_(3 + normal(*ring.lse.shape))
+        ring.depth.random_(0, 4)
+    near = torch.randint(0, capacity, (batch, heads), generator=generator).to(DEVICE)
+    row = ring.q[torch.arange(batch, device=DEVICE)[:, None], torch.arange(heads, device=DEVICE), near].float()
+    close = (torch.rand(batch, heads, 1, generator=generator) < 0.6).to(DEVICE)
+    q_pre = torch.where(close, row + 0.02 * normal(batch, heads, dim).to(DEVICE), 4 * normal(batch, heads, dim).to(DEVICE)).to(dtype)
+    return q_pre, normal(batch, heads, dim).to(DEVICE, dtype), cache, ring
+
+
+def copied(ring: Ring) -> Ring:
+    return Ring(ring.q.clone(), ring.out.clone(), ring.lse.clone(), ring.depth.clone())
+
+
+def assert_same(step, ring, want, want_ring, dtype, visible):
+    """Two steps agree; requests without a token have no ring entry to compare."""
+    for name in ("spans", "looked_up", "hit", "chain"):
+        assert torch.equal(getattr(step, name), getattr(want, name)), name
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    pairs = [(step.out, want.out), (ring.out[visible], want_ring.out[visible])]
+    for got, expected in pairs:
+        got, expected = got.double(), expected.double()
+        assert torch.isfinite(got).all()
+        assert (got - expected).norm() <= tolerance * max(1.0, expected.norm())
+    torch.testing.assert_close(ring.lse[visible], want_ring.lse[visible], atol=tolerance, rtol=tolerance)
+    assert torch.equal(ring.q[visible], want_ring.q[visible])
+    assert torch.equal(ring.depth[visible], want_ring.depth[visible])
+
+
+CASES = [
+    dict(lengths=[150, 90], group=4, dim=64, capacity=40, params=MacParams(4.0, 16)),
+    dict(lengths=[150, 0, 1, 20], group=3, dim=64, capacity=40, params=MacParams(4.0, 16)),
+    dict(lengths=[200], group=7, dim=96, capacity=70, params=MacParams(4.0, 32, sink=3)),
+    dict(lengths=[130, 77], group=1, dim=128, capacity=64, params=MacParams(5.0, 24, sink=20, min_context=100)),
+    dict(lengths=[140], group=5, dim=64, capacity=33, page_size=1, params=MacParams(4.0, 16, max_chain=2)),
+    dict(lengths=[140], group=16, dim=64, capacity=33, page_size=5, params=MacParams(4.0, 16)),
+    dict(lengths=[90], group=2, dim=256, capacity=17, page_size=64, params=MacParams(6.0, 8)),
+    dict(lengths=[60], group=4, dim=64, capacity=40, params=MacParams(4.0, 256)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"g{c['group']}d{c['dim']}n{c['lengths'][0]}")
+def test_equals_the_composed_reference(case, dtype):
+    case = dict(case)
+    params = case.pop("params")
+    q_pre, q, cache, ring = problem(**case, dtype=dtype)
+    other = copied(ring)
+    scale = q.shape[-1] ** -0.5
+    step = mac_step(q_pre, q, cache, 0, ring, params, scale)
+    want = reference(q_pre, q, cache, 0, other, params, scale)
+    visible = cache.lengths > 0
+    assert_same(step, ring, want, other, dtype, visible)
+    if min(case["lengths"]) > 2 * params.band + case["capacity"]:
+        assert step.hit.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_was_never_filled_is_looked_up_but_no_hit(dtype):
+    q_pre, q, cache, ring = problem([150], 4, 64, 40, dtype=dtype, fill=False)
+    other, params = copied(ring), MacParams(1e9, 16)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125)
+    want = reference(q_pre, q, cache, 0, other, params, 0.125)
+    assert step.looked_up.all()
+    assert not step.hit.any()
+    assert_same(step, ring, want, other, dtype, cache.lengths > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entry_in_the_row_that_is_overwritten(dtype):
+    """The oldest entry sits where the new one goes: it is read before it is written."""
+    q_pre, q, cache, ring = problem([161], 4, 64, 40, dtype=dtype)
+    q_pre = ring.q[:, :, 160 % 40].clone()
+    other, params = copied(ring), MacParams(1.0, 16)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125)
+    want = reference(q_pre, q, cache, 0, other, params, 0.125)
+    assert step.hit.all()
+    assert (step.spans[0, 0] == 160 - 40 + 1 - 16).all()
+    assert_same(step, ring, want, other, dtype, cache.lengths > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sink", [0, 5])
+def test_reads_only_the_spans_that_it_reports(dtype, sink):
+    q_pre, q, cache, ring = problem([150, 90], 4, 64, 40, dtype=dtype)
+    again, params = copied(ring), MacParams(4.0, 16, sink=sink)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125)
+    size = cache.page_size
+    needed = torch.zeros(2, cache.pool.pages, size, dtype=torch.bool)
+    for b in range(2):
+        for s in range(step.spans.shape[0]):
+            for h in range(8):
+                for key in range(*step.spans[s, :, b, h].tolist()):
+                    needed[h // 4, cache.tables[b][key // size], key % size] = True
+    assert not needed.all()
+    for pool in (cache.keys(0), cache.values(0)):
+        pool[~needed.to(DEVICE)] = float("nan")
+    unread = torch.ones(2, 8, 40, dtype=torch.bool, device=DEVICE)
+    request, head = torch.nonzero(step.looked_up, as_tuple=True)
+    source = step.spans[0, 0] - 1 + 16
+    unread[request, head, source[request, head] % 40] = False
+    again.out[unread] = float("nan")
+    poisoned = mac_step(q_pre, q, cache, 0, again, params, 0.125)
+    for got, want in zip(poisoned, step, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chained_steps_stay_with_the_reference(dtype):
+    """Entries are built on entries: after 100 steps the output and the whole ring still agree with float32 arithmetic on the same choices."""
+    steps = 100 if DEVICE == "cuda" else 12
+    torch.manual_seed(3)
+    batch, kv_heads, group, dim, capacity, first = 2, 2, 4, 64, 24, 100
+    heads, params, scale = kv_heads * group, MacParams(3.0, 16), 0.125
+    k, v = (torch.randn(batch, kv_heads, first + steps, dim).to(dtype) for _ in range(2))
+    cache, exact = (filled_cache(x[0][:, :, :first].to(t), x[1][:, :, :first].to(t)) for x, t in (((k.to(DEVICE), v.to(DEVICE)), dtype), ((k, v), torch.float32)))
+    ring, exact_ring = Ring.create(batch, heads, capacity, dim, dtype, DEVICE), Ring.create(batch, heads, capacity, dim, torch.float32, "cpu")
+    pattern = torch.randn(batch, heads, 3, dim)
+    reused = 0
+    for t in range(steps):
+        for each, kind in ((cache, DEVICE), (exact, "cpu")):
+            each.extend(1)
+            new = (x[:, :, first + t : first + t + 1].to(kind, each.pool.k.dtype) for x in (k, v))
+            each.append(0, *new)
+        base = pattern[:, :, t % 3] + 0.05 * torch.randn(batch, heads, dim)
+        far = torch.rand(batch, heads, 1) < 0.1
+        q_pre = torch.where(far, 5 * torch.randn(batch, heads, dim), base).to(dtype)
+        q = torch.randn(batch, heads, dim).to(dtype)
+        step = mac_step(q_pre.to(DEVICE), q.to(DEVICE), cache, 0, ring, params, scale)
+        want = reference(q_pre.float(), q.float(), exact, 0, exact_ring, params, scale)
+        assert torch.equal(step.spans.cpu(), want.spans)
+        assert torch.equal(step.chain.cpu(), want.chain)
+        assert (step.out.cpu().float() - want.out).norm() <= 1e-2 * want.out.norm()
+        reused += int(want.hit.sum())
+    assert reused > steps * heads * batch // 2
+    assert (ring.out.cpu() - exact_ring.out).norm() <= 1e-2 * exact_ring.out.norm()
+    finite = torch.isfinite(exact_ring.lse)
+    assert (ring.lse.cpu() - exact_ring.lse)[finite].abs().max() <= 1e-2
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_graph_serves_growing_lengths_and_changing_hits(dtype):
+    torch.manual_seed(5)
+    steps, batch, kv_heads, group, dim, capacity, first = 200, 3, 2, 4, 128, 64, 700
+    heads, params, scale = kv_heads * group, MacParams(4.0, 32), 0.1
+    k, v = (torch.randn(batch, kv_heads, first + steps, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+    cache = filled_cache(k, v)
+    start = torch.tensor([first, 1, first // 2], dtype=torch.int32, device=DEVICE)
+    ring = Ring.create(batch, heads, capacity, dim, dtype, DEVICE)
+    eager_ring = copied(ring)
+    pattern = torch.randn(steps, batch, heads, dim, device=DEVICE)
+    repeats = torch.rand(steps, batch, heads, 1, device=DEVICE) < torch.linspace(0, 1, steps, device=DEVICE)[:, None, None, None]
+    for t in range(1, steps):
+        pattern[t] = torch.where(repeats[t], pattern[t - 1], pattern[t])
+    q_pre, q = pattern.to(dtype), torch.randn(steps, batch, heads, dim, device=DEVICE).to(dtype)
+
+    x, y = q_pre[0].clone(), q[0].clone()
+    cache.lengths.copy_(start)
+    warm = copied(ring)
+    mac_step(x, y, cache, 0, warm, params, scale)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mac_step(x, y, cache, 0, ring, params, scale)
+        cache.lengths += 1
+    replayed = []
+    cache.lengths.copy_(start)
+    for t in range(steps):
+        x.copy_(q_pre[t])
+        y.copy_(q[t])
+        graph.replay()
+        replayed.append([part.clone() for part in captured])
+    cache.lengths.copy_(start)
+    hits = []
+    for t in range(steps):
+        step = mac_step(q_pre[t], q[t], cache, 0, eager_ring, params, scale)
+        cache.lengths += 1
+        hits.append(int(step.hit.sum()))
+        for got, want in zip(replayed[t], step, strict=True):
+            assert torch.equal(got, want)
+    assert len(set(hits)) > 5
+    assert torch.equal(ring.out, eager_ring.out)
+
+
+def test_unsupported_input_is_one_line():
+    q_pre, q, cache, ring = problem([20], 2, 64, 8)
+    for bad in (q.double(), q[:, :3], q[..., :4]):
+        with pytest.raises(UnsupportedError) as error:
+            kernels("triton", DEVICE).mac_step(bad, bad, cache, 0, ring, MacParams(1.0, 4), 1.0)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,252 @@
+"""The command line: what wrong input gets, resuming, interruption, failures. A tiny random model stands in for a real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from macbench import run as run_module
+from tests import real
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a random two-layer Llama and SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    real.chat().tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def macbench(monkeypatch, capsys):
+    """Run the command line in this process: returns (exit code, stdout, stderr)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["macbench", *map(str, args)])
+        try:
+            run_module.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def tiny_args(tiny_model, tmp_path):
+    """A run that takes a second or two."""
+    return [f"model.path={tiny_model}", f"runs_dir={tmp_path / 'runs'}", "logger=none", "task.subtasks=[niah_single_1]", "ctx=512", "device=cpu"]
+
+
+def samples(tmp_path) -> pd.DataFrame:
+    return pd.concat(map(pd.read_parquet, sorted((tmp_path / "runs").rglob("samples/part-*.parquet"))), ignore_index=True)
+
+
+# -- wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["ctx=12q"], ["ctx=12q", "4k"]),
+        (["ctx=0"], ["ctx=0", "positive"]),
+        (["ctx=16k"], ["ctx=16k", "16384", "8192"]),
+        (["ctx=40"], ["ctx=40"]),
+        (["method=mcc"], ["method=mcc", "full, mac", "did you mean mac?"]),
+        (["method.tau=-1"], ["method.tau=-1", "at least 0"]),
+        (["method.band=0"], ["method.band=0", "at least 1"]),
+        (["method.tauu=1"], ["method.tauu=1", "did you mean tau?"]),
+        (["methd=mac"], ["methd=mac", "did you mean method?"]),
+        (["compare=[ful]"], ["compare=ful", "did you mean full?"]),
+        (["grid.tua=[1,2]"], ["grid.tua", "did you mean tau?"]),
+        (["grid.tau=[0.1,-2]"], ["method.tau=-2", "at least 0"]),
+        (["task=rular"], ["task=rular", "did you mean ruler?"]),
+        (["task.subtasks=[niah_single_4]"], ["task.subtasks=niah_single_4", "did you mean"]),
+        (["limit=0"], ["limit=0", "at least 1"]),
+        (["limit=many"], ["limit=many", "integer"]),
+        (["engine.page_size=0"], ["engine.page_size=0"]),
+        (["backend=tritn"], ["backend=tritn", "auto, torch, triton"]),
+        (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
+        (["model.dtype=int3", "logger=none"], ["model.dtype=int3", "bfloat16"]),
+        (["model.template=llama"], ["model.template=llama", "chat, base, meta-llama3"]),
+        (["model.path=no/such-model"], ["model.path=no/such-model"]),
+        (["ctx=[1"], ["ctx=[1", "key=value"]),
+        (["task.data_path=no-such-folder", "task.subtasks=[qa_1]"], ["task.data_path", "no-such-folder"]),
+        (["-m", "method=full,mcc"], ["method=mcc"]),
+    ],
+)
+def test_one_clear_line_and_exit_code_2(macbench, tmp_path, args, said):
+    code, out, err = macbench(f"runs_dir={tmp_path}/runs", *args)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("macbench: ")
+    for text in said:
+        assert text in err
+    assert "Traceback" not in out + err
+
+
+def test_damaged_data_file(macbench, tmp_path):
+    (tmp_path / "dev-v2.0.json").write_text('{"data": [{"title": "x", "paragra')
+    code, _, err = macbench("task.subtasks=[qa_1]", f"task.data_path={tmp_path}", f"runs_dir={tmp_path}/runs")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "task.data_path" in err
+    assert "dev-v2.0.json" in err
+
+
+def test_gguf_with_the_wrong_hash(macbench, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    code, _, err = macbench(f"model.gguf={tmp_path / 'model.gguf'}", f"runs_dir={tmp_path}/runs")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "sha256" in err
+    assert "b179c9523d" in err
+
+
+def test_unwritable_run_directory(macbench, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = macbench(f"runs_dir={tmp_path / 'file'}", "task.subtasks=[niah_single_1]", "ctx=512")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"runs_dir={tmp_path / 'file'}" in err
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_every_table_and_the_same_command_resumes(macbench, tiny_args, tmp_path):
+    args = [*tiny_args, "method=mac", "compare=[full]", "method.min_context=0", "method.window=64", "method.band=16"]
+    code, out, _ = macbench(*args, "limit=2")
+    assert code == 0
+    assert "rho_bytes" in out
+    (folder,) = (tmp_path / "runs" / "ruler").glob("tiny-llama*/512/mac-*")
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "environment.json", "summary.json", "samples", "steps", "layers"}
+    frame = samples(tmp_path)
+    assert sorted(zip(frame.method, frame.example_id, strict=True)) == [("full", "0"), ("full", "1"), ("mac", "0"), ("mac", "1")]
+    assert (frame.prompt_tokens + 128 <= 512).all()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["protocol"]["task"] == "ruler"
+
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("part-*.parquet")}
+    code, again, err = macbench(*args, "limit=2")
+    assert code == 0
+    assert "nothing left to compute" in err
+    assert again == out
+    code, _, _ = macbench(*args, "limit=3")
+    assert code == 0
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
+    assert len(samples(tmp_path)) == 6
+
+    code, _, _ = macbench(*args, "limit=2", "method.tau=0.3")  # another number, another run
+    assert code == 0
+    assert len(list(folder.parent.glob("mac-*"))) == 2
+
+
+def test_tables_agree_with_each_other(macbench, tiny_args, tmp_path):
+    code, _, _ = macbench(*tiny_args, "method=mac", "compare=[full]", "limit=1", "method.min_context=0", "method.window=64", "method.band=16")
+    assert code == 0
+    tables = {t: pd.concat(map(pd.read_parquet, (tmp_path / "runs").rglob(f"{t}/part-*.parquet"))) for t in ("samples", "steps", "layers")}
+    for _, sample in tables["samples"].iterrows():
+        mine = {t: tables[t][tables[t].method == sample.method] for t in ("steps", "layers")}
+        assert len(mine["steps"]) == sample.decode_steps == sample.new_tokens - 1
+        assert len(mine["layers"]) == 2
+        for column in ("tokens_log", "tokens_phys", "bytes_kv", "bytes_state", "bytes_write", "bytes_full"):
+            assert mine["steps"][column].sum() == mine["layers"][column].sum() == sample[column]
+        lengths = mine["steps"].position + 1
+        assert (mine["steps"].tokens_log_full == lengths * 3 * 2).all()  # 3 query heads, 2 layers
+        assert lengths.iloc[0] == sample.prompt_tokens + 1
+        read = sample.bytes_kv + sample.bytes_meta + sample.bytes_state + sample.bytes_idx
+        assert sample.rho_bytes == pytest.approx(read / sample.bytes_full)
+    full = tables["samples"].set_index("method").loc["full"]
+    assert (full.rho_log, full.rho_phys, full.rho_bytes) == (1, 1, 1)
+
+
+def test_grid_makes_variants_on_one_prefill(macbench, tiny_args, tmp_path):
+    code, out, _ = macbench(*tiny_args, "method=mac", "grid.tau=[0.2,0.45]", "grid.window=[32,64]", "limit=1")
+    assert code == 0
+    frame = samples(tmp_path)
+    assert sorted(frame.variant) == [f"tau={t} window={w}" for t in (0.2, 0.45) for w in (32, 64)]
+    assert frame.prefill_s.nunique() == 1
+    assert "tau=0.45 window=64" in out
+
+
+def test_multirun_makes_one_run_per_combination(macbench, tiny_args, tmp_path):
+    code, _, _ = macbench("-m", *tiny_args, "method=full,mac", "limit=1")
+    assert code == 0
+    assert sorted(samples(tmp_path).method) == ["full", "mac"]
+
+
+def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_path, monkeypatch):
+    decode = run_module.Engine.decode
+    calls = []
+
+    def sometimes(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.Engine, "decode", sometimes)
+    code, out, err = macbench(*tiny_args, "method=full", "limit=3")
+    assert code == 1
+    assert "1 example(s) failed" in err
+    frame = samples(tmp_path).set_index("example_id").sort_index()
+    assert frame.error.notna().tolist() == [False, True, False]
+    assert "engine.prefill_chunk" in frame.error["1"]
+    monkeypatch.setattr(run_module.Engine, "decode", decode)
+    code, _, _ = macbench(*tiny_args, "method=full", "limit=3")
+    assert code == 0
+    assert samples(tmp_path).error.isna().all()
+
+
+def test_a_damaged_part_is_named(macbench, tiny_args, tmp_path):
+    assert macbench(*tiny_args, "method=full", "limit=1")[0] == 0
+    (part,) = (tmp_path / "runs").rglob("samples/part-*.parquet")
+    part.write_bytes(part.read_bytes()[:100])
+    code, _, err = macbench(*tiny_args, "method=full", "limit=1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert part.name in err
+
+
+def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
+    command = [sys.executable, "-m", "macbench.run", *tiny_args, "method=full", "limit=400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list((tmp_path / "runs").rglob("samples/part-*.parquet"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("macbench: interrupted")
+    assert "Traceback" not in err
+    kept = len(samples(tmp_path))
+    assert 2 <= kept < 400
+    finished = subprocess.run([*command[:-1], f"limit={kept}"], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0
+    assert "nothing left to compute" in finished.stderr
+    assert not [p for p in (tmp_path / "runs").rglob("*") if p.name.startswith(".")]
+
+
+def test_help_shows_groups_knobs_and_examples(macbench):
+    code, out, _ = macbench("--help")
+    assert code == 0
+    for text in ("method: full, mac", "compare=[full]", "prefill_chunk"):
+        assert text in out

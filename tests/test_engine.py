@@ -1,0 +1,81 @@
+"""The engine on SmolLM2 against transformers' own generate, token for token."""
+
+import pytest
+import torch
+from macbench_kernels import kernels
+
+from macbench.engine import Engine
+from macbench.methods.full import Full
+from macbench.methods.mac import MAC
+from macbench.tasks.ruler import Ruler
+from tests import real
+
+NEW_TOKENS = 16
+CASES = [
+    ("niah_single_1", 1024),
+    ("niah_multikey_2", 1024),
+    ("vt", 1024),
+    ("fwe", 1536),
+    ("cwe", 1536),
+    ("niah_single_1", 2048),
+    ("vt", 3072),
+    ("niah_multikey_3", 4096),
+]
+
+
+@pytest.mark.parametrize(("subtask", "ctx"), CASES)
+def test_full_attention_equals_transformers_generate(subtask, ctx):
+    network, chat = real.model().network, real.chat()
+    ids = Ruler(chat, ctx, subtasks=[subtask]).example(subtask, 0).input_ids
+    tensor = torch.tensor([list(ids)])
+    with torch.inference_mode():
+        want = network.generate(
+            tensor,
+            attention_mask=torch.ones_like(tensor),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    engine = Engine(network, kernels("torch"), len(ids) + NEW_TOKENS, chunk=1000)
+    prompt = engine.prefill(ids)
+    torch.testing.assert_close(prompt.logits, want.logits[0][0].float(), atol=1e-4, rtol=0)
+    seen = []
+    forward = engine._forward
+    engine._forward = lambda *args: seen.append(forward(*args)) or seen[-1]
+    assert engine.decode(prompt, Full(), NEW_TOKENS).tokens == want.sequences[0, len(ids) :].tolist()
+    for ours, theirs in zip(seen, want.logits[1:], strict=True):
+        torch.testing.assert_close(ours, theirs[0].float(), atol=1e-4, rtol=0)
+
+
+def test_methods_share_one_prefill_and_leave_it_alone():
+    """Decoding MAC in between does not change what full attention then makes of the same prompt."""
+    network, chat = real.model().network, real.chat()
+    ids = Ruler(chat, 1024, subtasks=["vt"]).example("vt", 1).input_ids
+    engine = Engine(network, kernels("torch"), 1024)
+    mac = MAC(min_context=0, window=128, band=32)
+    prompt = engine.prefill(ids, mac.prompt_queries)
+    first = engine.decode(prompt, Full(), 12)
+    between = engine.decode(prompt, mac, 12)
+    again = engine.decode(prompt, Full(), 12)
+    assert first.tokens == again.tokens
+    assert between.counts["hits"].sum() > 0
+    prompt.free()
+    assert engine.pool.free_pages == engine.pool.pages
+
+
+def test_decoding_stops_at_a_stop_token_or_the_limit():
+    network, chat = real.model().network, real.chat()
+    ids = chat.encode(chat.render("Say hello."))
+    engine = Engine(network, kernels("torch"), 200)
+    prompt = engine.prefill(ids)
+    free = engine.decode(prompt, Full(), 30)
+    stop = free.tokens[3]
+    stopped = engine.decode(prompt, Full(), 30, frozenset([stop]))
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert stopped.finish_reason == "stop"
+    limited = engine.decode(prompt, Full(), 2)
+    assert (limited.tokens, limited.finish_reason, len(limited.step_seconds)) == (free.tokens[:2], "length", 1)

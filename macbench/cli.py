@@ -45,7 +45,11 @@ def check(argv: list[str]) -> None:
     single = [_first_of_sweep(text) for text in overrides] if len(overrides) < len(argv) else overrides
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            compose("config", overrides=single)
+            config = compose("config", overrides=single)
+        if len(overrides) < len(argv):  # Hydra notes the sweep there
+            (Path(config.runs_dir) / ".sweep").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, single) from error
 

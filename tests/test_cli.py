@@ -126,6 +126,8 @@ def test_unwritable_run_directory(macbench, tmp_path):
     code, _, err = macbench(f"runs_dir={tmp_path / 'file'}", "task.subtasks=[niah_single_1]", "ctx=512")
     assert (code, err.count("\n")) == (2, 1)
     assert f"runs_dir={tmp_path / 'file'}" in err
+    code, _, err = macbench("-m", f"runs_dir={tmp_path / 'file'}", "method=full,mac")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(run_module.Engine, "decode", sometimes)
-    code, out, err = macbench(*tiny_args, "method=full", "limit=3")
+    code, _, err = macbench(*tiny_args, "method=full", "limit=3")
     assert code == 1
     assert "1 example(s) failed" in err
     frame = samples(tmp_path).set_index("example_id").sort_index()

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def _convert(source: Path, folder: Path) -> None:
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     except OSError as error:
         raise ConfigError("XDG_CACHE_HOME", folder.parent, f"converted weights cannot be kept there ({error.strerror})") from error
+    print("macbench: converting SmolLM2-135M-Instruct once (about 20 s)", file=sys.stderr)
     try:
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied

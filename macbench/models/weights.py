@@ -64,7 +64,9 @@ def max_context(spec) -> int:
 def load(spec, device: str, chat: Chat) -> LoadedModel:
     """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     dtype = resolve_dtype(spec, device)
     where, options = folder_or_id(spec), _revision(spec)
     try:

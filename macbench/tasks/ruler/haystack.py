@@ -1,6 +1,7 @@
 """Haystacks of the needle tasks: noise, other needles, essays. Each knows its units as table entries and the tokens of the first n."""
 
 import re
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -54,9 +55,10 @@ class Distractors:
         self._ends = np.zeros(1, np.int64)  # line i is _entries[_ends[i]:_ends[i + 1]]
         self.size, self.tokens = ctx, None
         if tables.pieces.additive:
-            self._grow(32)
-            while (tokens := _running(tables.pieces.lengths(self._entries))[self._ends])[-1] < ctx:
-                self._grow(int(len(tokens) * 1.02 * ctx / tokens[-1]) + 8 - len(tokens))
+            tokens = self._ends
+            while tokens[-1] < ctx:
+                self._grow(int(1.02 * (ctx - tokens[-1]) / tables.tokens_per_line) + 8)
+                tokens = _running(tables.pieces.lengths(self._entries))[self._ends]
             self.size, self.tokens = len(tokens) - 1, tokens
 
     def entries(self, start: int, end: int) -> np.ndarray:
@@ -97,6 +99,12 @@ class NeedleTables:
             self._third = pieces.add(f" {n}" for n in range(100, 1000))
             self._fourth = pieces.add(f"{n:03d}" for n in range(1000))
             self._fifth = pieces.add(f"{n}.\n" for n in range(10))
+
+    @cached_property
+    def tokens_per_line(self) -> float:
+        """Of a hundred random lines."""
+        entries, ends = self.draw(Rng("ruler", "line").raw(100 * self.raw_words).reshape(100, -1), [])
+        return self.pieces.lengths(entries).sum() / len(ends)
 
     def _draw_words(self, raw: np.ndarray, taken: list[int]) -> tuple[np.ndarray, np.ndarray]:
         pairs = scaled(raw[:, 0], 0, self._words.pairs)

@@ -45,7 +45,9 @@ class UuidPieces:
         self._table = np.full(len(_SEPARATORS) * _SHORT << 4 * _SHORT, -1)  # code of a short piece -> table entry, -1 not asked yet
         runs = ["".join(run) for n in range(1, _SHORT + 1) for run in product("abcdef", repeat=n)]
         runs += [f"{i:0{n}d}" for n in range(1, 4) for i in range(10**n)]
-        pieces.add(separator + run for separator in _SEPARATORS for run in runs)
+        for i, separator in enumerate(_SEPARATORS):
+            codes = [i * _SHORT + len(run) - 1 << 4 * _SHORT | int(run[::-1], 16) for run in runs]
+            self._table[codes] = pieces.add(separator + run for run in runs)
 
     def entries(self, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Table entries of uuids, uint8 [n, 36], each with a space before it; and where each uuid begins among them, int64 [n]."""

@@ -96,6 +96,10 @@ class Pieces:
             entries = list(map(self._index.get, texts))
         return np.array(entries, np.int64)
 
+    def add_words(self, text: str) -> np.ndarray:
+        """Entries of a text with single spaces that begins with one, a word each."""
+        return self.add(_WORD.findall(text))
+
     def add_documents(self, texts: list[str]) -> np.ndarray:
         """The same for different long texts, put together from their words: most words are known from other documents."""
         words = [_WORD.findall(text) if not _ODD_SPACE.search(text) else [text] for text in texts]

@@ -45,7 +45,12 @@ class Rng:
 
     def sample(self, n: int, k: int) -> list[int]:
         """``k`` different integers of range(n), in random order."""
-        return self.permutation(n)[:k].tolist()
+        if 4 * k > n:
+            return self.permutation(n)[:k].tolist()
+        found: dict[int, None] = {}  # the first k different ones of many draws
+        while len(found) < k:
+            found.update(dict.fromkeys(self.integers(0, n, k + 8).tolist()))
+        return list(found)[:k]
 
     def letters(self, alphabet: str, length: int, n: int) -> list[str]:
         """``n`` different random words of ``length`` letters of ``alphabet``."""

@@ -74,7 +74,11 @@ class VariableTracking(Generator):
         example = re.sub(r"\b(?:" + "|".join(change) + r")\b", lambda match: change[match[0]], example)
         prefix = self.wording.answer_prefix.format(num_v=len(names), query=value)
         tail = self.after.replace("{query}", value) + self.chat.tail + prefix
-        head = self.chat.head + example + "\n" + self.before
+        # The answer of the example has two spaces in a row, so it stays whole; everything before it is taken word by word.
+        question, answer, named = example.partition(self.wording.answer_prefix.partition(":")[0])
+        first, space, rest = question.partition(" ")
+        head = [self.chat.head + first, self.pieces.add_words(space + rest)]
+        middle = answer + named + "\n" + self.before
         lines = chain(names, value)
         noise_then_noise, noise_then_var = self._between
 
@@ -86,7 +90,7 @@ class VariableTracking(Generator):
             where = places(n)
             noise = np.full(n, noise_then_noise)
             noise[[place - 1 for place in where if place > 0]] = noise_then_var
-            result, last = [head + ("VAR" if where[0] == 0 else "The")], 0
+            result, last = [*head, middle + ("VAR" if where[0] == 0 else "The")], 0
             for place, line in zip(where, lines, strict=True):
                 result += [noise[last:place], line.removeprefix("VAR") + "\nThe"]  # places differ, so noise follows
                 last = place

@@ -1,0 +1,54 @@
+"""Timing of rounds (one call per layer): CUDA-graph replay, eager CUDA, or the host clock on a CPU."""
+
+from collections.abc import Callable
+from statistics import quantiles
+from time import perf_counter
+
+import torch
+
+
+def rounds(run: Callable[[], object], before: Callable[[int], None], count: int, calls: int, mode: str, warm: int) -> dict:
+    """Milliseconds per call over ``count`` rounds of ``calls`` calls each: median, 10th and 90th percentile.
+
+    ``before(i)`` loads the inputs of round i, outside the clock. ``mode``: 'graph' captures ``run`` once and replays it, 'eager' calls it,
+    'cpu' uses the host clock.
+    """
+    if mode == "cpu":
+        times = []
+        for i in range(count):
+            before(i)
+            began = perf_counter()
+            run()
+            times.append((perf_counter() - began) * 1e3 / calls)
+        return _spread(times[min(warm, count - 1) :])
+    if mode == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for i, (start, end) in enumerate(events):
+        before(i)
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return _spread([start.elapsed_time(end) / calls for start, end in events[warm:]])
+
+
+def _spread(times: list[float]) -> dict:
+    times = sorted(times)
+    if len(times) < 2:
+        return {"time_ms": times[0], "time_p10_ms": times[0], "time_p90_ms": times[0], "rounds": 1}
+    tenths = quantiles(times, n=10, method="inclusive")
+    return {"time_ms": quantiles(times, n=2, method="inclusive")[0], "time_p10_ms": tenths[0], "time_p90_ms": tenths[-1], "rounds": len(times)}
+
+
+def copy_bandwidth(device: str) -> float | None:
+    """Bytes per second, read plus written, of a large device-to-device copy: the measured ceiling. None on a CPU."""
+    if device != "cuda":
+        return None
+    source = torch.empty(2 << 30, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    spread = rounds(lambda: target.copy_(source), lambda i: None, 12, 1, "eager", 2)
+    return 2 * source.numel() / (spread["time_ms"] * 1e-3)

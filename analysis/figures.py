@@ -38,7 +38,8 @@ def accuracy_against_bytes(frame: pd.DataFrame, name: str) -> list[Path]:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     first = frame.iloc[0]
-    shown = f"{first.task} {first.model} ctx {first.ctx}: {frame.subtask.nunique()} subtasks, {len(frame) // max(1, frame.groupby(['method', 'variant']).ngroups)} examples"
+    examples = frame.groupby(["subtask", "example_id"]).ngroups
+    shown = f"{first.task} {first.model} ctx {first.ctx}: {frame.subtask.nunique()} subtasks, {examples} examples"
     axes.set_title(f"{shown}\n{first.device}, commit {first.commit}, {int(frame.decode_steps.sum())} decode steps", fontsize=8, loc="left")
     files = [OUT / f"{name}.{kind}" for kind in ("png", "pdf")]
     for file in files:

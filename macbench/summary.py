@@ -6,7 +6,6 @@ import pandas as pd
 
 from macbench.counting import READ_CATEGORIES
 
-
 COLUMNS = [
     *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "rho_log", "rho_phys", "rho_bytes"),
     *("hit_rate", "steps", "ms_per_token", "prefill_s"),

@@ -10,8 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import pytest  # noqa: E402
-from macbench_kernels import PagedKVCache, PagePool  # noqa: E402
+import pytest
+from macbench_kernels import PagedKVCache, PagePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")

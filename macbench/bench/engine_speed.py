@@ -97,9 +97,8 @@ def compare(config) -> None:
     for role in ("macbench", "transformers"):
         command = [sys.executable, "-m", "macbench.bench.engine_speed", f"role={role}", f"memory_ctx={config.memory_ctx}"]
         peaks[role] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])["peak_gib"]
-    print(
-        f"{config.memory_ctx:>6} {'peak GiB':>8} {peaks['macbench']:>10.2f} {peaks['transformers']:>13.2f} {peaks['macbench'] / peaks['transformers']:>6.3f}"
-    )
+    a, b = peaks["macbench"], peaks["transformers"]
+    print(f"{config.memory_ctx:>6} {'peak GiB':>8} {a:>10.2f} {b:>13.2f} {a / b:>6.3f}")
 
 
 def main() -> None:

@@ -182,6 +182,8 @@ def evaluate_example(engine, model, task, variants: list[Variant], example: Exam
             if prompt is None:
                 raise failure
             result = engine.decode(prompt, variant.method, example.max_new_tokens, model.stop_ids, _rate(bar, variant.name))
+        except UnsupportedError as error:
+            raise ConfigError("backend", engine.kernels.name, str(error)) from error
         except _EXAMPLE_ERRORS as error:
             tables["samples"].append(row | {"error": _one_line(error)})
             continue

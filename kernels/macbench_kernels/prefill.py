@@ -42,11 +42,19 @@ def _block(q, k, v, scale: float, is_causal: bool) -> State:
     if q.device.type == "cpu" and q.dtype == torch.float32:
         return State(*aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=is_causal, scale=scale))
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
-        return State(out, lse)
+        return _flash_cuda(q, k, v, scale, is_causal)
     return _math(q, k, v, scale, is_causal)
+
+
+def _flash_cuda(q, k, v, scale: float, is_causal: bool) -> State:
+    """The kernel wants as many KV heads as query heads: without a mask a group's queries are stacked instead, so that K and V are not copied."""
+    heads, n, dim = q.shape[1:]
+    kv_heads = k.shape[1]
+    if is_causal and heads != kv_heads:
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    stacked = q if is_causal else q.reshape(1, kv_heads, -1, dim)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(stacked, k, v, 0.0, is_causal, False, scale=scale)[:2]
+    return State(out.reshape(1, heads, n, dim), lse.reshape(1, heads, n))
 
 
 def _math(q, k, v, scale: float, is_causal: bool) -> State:

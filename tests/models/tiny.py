@@ -5,6 +5,8 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.conftest import DEVICE
+
 ARCHITECTURES = {
     "llama": {"num_attention_heads": 6, "num_key_value_heads": 2},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": None},
@@ -26,7 +28,7 @@ def tiny(kind: str, dtype=torch.float64, **extra) -> torch.nn.Module:
             weight.normal_(std=0.2)
         elif "norm" in name or "bias" in name:
             weight.uniform_(0.5, 1.5)
-    return model
+    return model.to(DEVICE)
 
 
 def rotary(model: torch.nn.Module):

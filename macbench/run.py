@@ -27,8 +27,9 @@ from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.summary import format_table, summarise
 from macbench.tasks.base import Example, Task
 
-# Where a run goes and how far it gets do not change what is measured; they are no part of its identity.
+# Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
 OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device")
+LOCATION_KEYS = ("data_path",)
 _EXAMPLE_ERRORS = (RuntimeError, OutOfPages, MemoryError)
 
 
@@ -133,9 +134,10 @@ def model_name(cfg: DictConfig) -> str:
 
 
 def open_directory(cfg: DictConfig, task: Task, ctx: int) -> RunDirectory:
-    """runs/<task>/<model>/<ctx>/<method>-<hash8>, the hash over everything that can change a number."""
+    """runs/<task>/<model>/<ctx>/<method>-<hash8>, the hash over everything that can change a number, the data's own hashes included."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    identity = {key: value for key, value in resolved.items() if key not in OUTPUT_KEYS} | {"ctx": ctx, "task_version": task.version}
+    identity = {key: value for key, value in resolved.items() if key not in OUTPUT_KEYS} | {"ctx": ctx, "protocol": task.protocol()}
+    identity["task"] = {key: value for key, value in identity["task"].items() if key not in LOCATION_KEYS}
     name = f"{cfg.method.name}-{config_hash(identity)}"
     return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(ctx) / name)
 

@@ -7,8 +7,8 @@ import triton.language as tl
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.ring import Ring
-from macbench_kernels.triton_attend import Pieces, fold_pieces
-from macbench_kernels.triton_common import LN2, LOG2E, check, check_ring, finish, follow, launch_options, on_device
+from macbench_kernels.triton_attend import Pieces, absorb, load_pieces, nothing, piece_range
+from macbench_kernels.triton_common import LN2, LOG2E, check, check_ring, dependent_launch, finish, follow, launch_options, on_device
 from macbench_kernels.triton_match import nearest, scan
 from macbench_kernels.triton_spans import MAC, mac_limits, mac_start
 
@@ -17,54 +17,65 @@ from macbench_kernels.triton_spans import MAC, mac_limits, mac_start
 def _append(
     q_ptr, ring_q_ptr, ring_out_ptr, ring_lse_ptr, ring_depth_ptr, lengths_ptr, keys_ptr, part_ptr, part_lse_ptr, before_ptr,
     out_ptr, spans_ptr, looked_up_ptr, hit_ptr, chain_ptr,
-    batch, heads, items, programs, radius, capacity, band, sink,
-    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    rows, items, programs, radius, band, sink,
+    heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr,
+    DIM: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one (request, query head). Merges the pieces with the stored state, writes the output and the ring entry."""
-    follow(EARLY)
     at = tl.program_id(0)
-    request, unit = at // heads, at // group
-    rows = batch * heads
+    request, unit, column = at // heads, at // group, at % group
     channel = tl.arange(0, DIM)
-    inside = channel < dim
+    # The scan was over before the attending kernel let this one start: matches and ring can be read ahead of the pieces.
     length = tl.load(lengths_ptr + request)
     key = nearest(keys_ptr, at, at < rows, rows, SPLITS)
     front, edge = mac_limits(length, band, sink)
     start, slot, looked_up, hit = mac_start(key, length, front, radius, band, capacity)
-
     base = at.to(tl.int64) * capacity
     stored = base + slot
-    lse = tl.load(ring_lse_ptr + stored, mask=hit, other=float("-inf"))
+    top = tl.load(ring_lse_ptr + stored, mask=hit, other=float("-inf")) * LOG2E
     depth = tl.load(ring_depth_ptr + stored, mask=hit, other=-1)
-    old = tl.load(ring_out_ptr + stored * dim + channel, mask=channel < tl.where(hit, dim, 0), other=0.0)
-    q = tl.load(q_ptr + at * dim + channel, mask=inside, other=0.0)
-    top, total, acc = fold_pieces(
-        lse * LOG2E, tl.where(hit, 1.0, 0.0), old, part_ptr, part_lse_ptr, before_ptr, unit * COUNT, items, programs, at % group,
-        group=group, dim=dim, DIM=DIM, PIECES=PIECES,
-    )  # fmt: skip
+    acc = tl.load(ring_out_ptr + stored * dim + channel, mask=channel < tl.where(hit, dim, 0), other=0.0)
+    total = tl.where(hit, 1.0, 0.0)
+    q = tl.load(q_ptr + at * dim + channel, mask=channel < dim, other=0.0)
+    follow(EARLY)
+
+    last_top, last_total, last_acc = nothing(DIM)
+    first, count = piece_range(before_ptr, unit * COUNT, items, programs)
+    for done in range(0, count, PIECES):
+        lse, out = load_pieces(part_ptr, part_lse_ptr, first + done, count - done, column, columns=2 * group, dim=dim, DIM=DIM, PIECES=PIECES)
+        last_lse, last_out = load_pieces(
+            part_ptr, part_lse_ptr, first + done, count - done, column + group, columns=2 * group, dim=dim, DIM=DIM, PIECES=PIECES
+        )
+        top, total, acc = absorb(top, total, acc, lse, out)
+        last_top, last_total, last_acc = absorb(last_top, last_total, last_acc, last_lse, last_out)
+    if COUNT == 2:
+        first, count = piece_range(before_ptr, unit * COUNT + 1, items, programs)
+        for done in range(0, count, PIECES):
+            last_lse, last_out = load_pieces(
+                part_ptr, part_lse_ptr, first + done, count - done, column + group, columns=2 * group, dim=dim, DIM=DIM, PIECES=PIECES
+            )
+            last_top, last_total, last_acc = absorb(last_top, last_total, last_acc, last_lse, last_out)
+
     tl.debug_barrier()  # the entry that was read may lie in the very row that is written: all warps have read before any writes
-    norm, new_lse = finish(top, total)
+    norm, lse = finish(top, total)
     row = base + (length - 1) % capacity
     visible = length > 0
     written = channel < tl.where(visible, dim, 0)
     tl.store(ring_q_ptr + row * dim + channel, q, mask=written)
     tl.store(ring_out_ptr + row * dim + channel, acc / norm, mask=written)
-    tl.store(ring_lse_ptr + row, new_lse * LN2, mask=visible)
+    tl.store(ring_lse_ptr + row, lse * LN2, mask=visible)
     tl.store(ring_depth_ptr + row, depth + 1, mask=visible)
 
-    for span in tl.static_range(1, COUNT):
-        top, total, acc = fold_pieces(
-            top, total, acc, part_ptr, part_lse_ptr, before_ptr, unit * COUNT + span, items, programs, at % group,
-            group=group, dim=dim, DIM=DIM, PIECES=PIECES,
-        )  # fmt: skip
-    norm, new_lse = finish(top, total)
-    tl.store(out_ptr + at * dim + channel, acc / norm, mask=inside)
+    whole_top = tl.maximum(top, last_top)
+    pivot = tl.where(whole_top == float("-inf"), 0.0, whole_top)
+    old_weight, last_weight = tl.exp2(top - pivot), tl.exp2(last_top - pivot)
+    norm, _ = finish(whole_top, total * old_weight + last_total * last_weight)
+    tl.store(out_ptr + at * dim + channel, (acc * old_weight + last_acc * last_weight) / norm, mask=channel < dim)
     tl.store(spans_ptr + at, start)
     tl.store(spans_ptr + rows + at, edge)
     tl.store(spans_ptr + 2 * rows + at, edge)
     tl.store(spans_ptr + 3 * rows + at, length)
-    if COUNT == 3:
+    if COUNT == 2:
         tl.store(spans_ptr + 4 * rows + at, 0)
         tl.store(spans_ptr + 5 * rows + at, front)
     tl.store(looked_up_ptr + at, looked_up)
@@ -79,10 +90,10 @@ def mac_step(
     check(q, cache.keys(layer))
     check_ring(q_pre, ring)
     batch, heads, dim = q.shape
-    count = 3 if params.sink else 2
+    count = 2 if params.sink else 1  # contiguous reads per KV head
     new = {"device": q.device}
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    spans = torch.empty(count, 2, batch, heads, dtype=torch.int32, **new)
+    spans = torch.empty(count + 1, 2, batch, heads, dtype=torch.int32, **new)
     looked_up, hit = (torch.empty(batch, heads, dtype=torch.bool, **new) for _ in range(2))
     chain = torch.empty(batch, heads, dtype=torch.int32, **new)
     with on_device(q):
@@ -92,11 +103,13 @@ def mac_step(
             q, cache, layer, scale, MAC, count, keys=keys, radius=params.radius, capacity=ring.capacity, band=params.band, sink=params.sink,
             **override,
         )  # fmt: skip
+        early = dependent_launch(q.device)
         _append[(batch * heads,)](
             q_pre, ring.q, ring.out, ring.lse, ring.depth, cache.lengths, keys, pieces.part, pieces.part_lse, pieces.before,
             out, spans, looked_up, hit, chain,
-            batch, heads, pieces.items, pieces.programs, params.radius, ring.capacity, params.band, params.sink,
-            group=pieces.part.shape[1], dim=dim, COUNT=count, DIM=triton.next_power_of_2(dim), PIECES=16, SPLITS=keys.shape[0],
-            EARLY=pieces.early, num_warps=4, **launch_options(pieces.early),
+            batch * heads, pieces.items, pieces.programs, params.radius, params.band, params.sink,
+            heads=heads, capacity=ring.capacity, group=heads // cache.pool.kv_heads, dim=dim, COUNT=count,
+            DIM=triton.next_power_of_2(dim), SPLITS=keys.shape[0],
+            EARLY=early, **pieces.merging(batch * cache.pool.kv_heads), **launch_options(early),
         )  # fmt: skip
     return MacStep(out, spans, looked_up, hit, chain)

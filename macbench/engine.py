@@ -113,9 +113,9 @@ class Engine:
             tokens, seconds = [prompt.first_token], []
             with intercept(self.network, attend):
                 while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids:
+                    ledger.begin_step([n + 1 for n in cache.host_lengths])  # its own work is not part of a step's time
                     began = perf_counter()
                     cache.extend(1)
-                    ledger.begin_step(cache.host_lengths)
                     last = torch.tensor([[tokens[-1]]], device=self.shape.device)
                     logits = self._forward(last, cache.lengths[:, None].long() - 1)
                     tokens.append(int(logits.argmax()))

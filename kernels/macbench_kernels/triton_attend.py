@@ -15,6 +15,12 @@ from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent,
 
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
+# (request, KV head) pairs from which on short reads are many.
+_MANY_UNITS = 64
+# Tile of a merging program in elements, its fewest channels, and how many programs are enough.
+_MERGE_ELEMENTS = 512
+_THINNEST = 16
+_MERGE_PROGRAMS = 2048
 
 
 @triton.jit
@@ -160,70 +166,90 @@ def _attend_shares(
 
 
 @triton.jit
-def piece_range(before_ptr, item, items, programs):
-    """(first piece, number of pieces) of an item."""
-    before, upto = tl.load(before_ptr + item), tl.load(before_ptr + item + 1)
-    share = tl.maximum(tl.cdiv(tl.load(before_ptr + items), programs), 1)
-    first = before // share
-    return first + item, tl.where(upto > before, (upto - 1) // share - first + 1, 0)
+def piece_range(before, upto, skip, total, programs):
+    """(first piece relative to the item, number of pieces) of an item with the tiles [before, upto), its first ``skip`` tiles left out."""
+    share = tl.maximum(tl.cdiv(total, programs), 1)
+    first = (before + skip) // share
+    return first, tl.where(upto > before, (upto - 1) // share - first + 1, 0)
 
 
 @triton.jit
-def load_pieces(part_ptr, part_lse_ptr, first, count, column, columns: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """(lse in base 2 [PIECES], out [PIECES, DIM]) of a column in the pieces first, first + 1, ...; empty states from ``count`` on."""
+def load_pieces(part_ptr, part_lse_ptr, first, count, column, channel, columns: tl.constexpr, dim: tl.constexpr, PIECES: tl.constexpr):
+    """(lse in base 2 [PIECES], out [PIECES, c]) of a column in the pieces first, first + 1, ...; empty states from ``count`` on."""
     index = tl.arange(0, PIECES)
-    channel = tl.arange(0, DIM)[None, :]
     at = (first + index) * columns + column
     lse = tl.load(part_lse_ptr + at, mask=index < count, other=float("-inf"))
-    return lse, tl.load(part_ptr + at[:, None] * dim + channel, mask=(index < count)[:, None] & (channel < dim), other=0.0)
+    return lse, tl.load(part_ptr + at[:, None] * dim + channel[None, :], mask=(index < count)[:, None] & (channel < dim)[None, :], other=0.0)
 
 
 @triton.jit
-def absorb(top, total, acc, lse, out):
-    """Add states (lse [n], out [n, DIM]) to softmax sums (top and total scalars, acc [DIM])."""
-    new_top = tl.maximum(top, tl.max(lse, 0))
-    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-    fade, weight = tl.exp2(top - pivot), tl.exp2(lse - pivot)
-    return new_top, total * fade + tl.sum(weight, 0), acc * fade + tl.sum(out * weight[:, None], 0)
+def gather_pieces(
+    lse, out, part_ptr, part_lse_ptr, first, count, column, channel,
+    columns: tl.constexpr, dim: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Softmax sums (top, total scalars, acc [c]) of a column over ``count`` pieces, whose first PIECES are loaded already.
+
+    Piece i is added to row i % PIECES, so that rows meet only once, at the end.
+    """
+    top, total, acc = lse, tl.where(lse > float("-inf"), 1.0, 0.0), out
+    for done in range(PIECES, count, PIECES):
+        lse, out = load_pieces(part_ptr, part_lse_ptr, first + done, count - done, column, channel, columns=columns, dim=dim, PIECES=PIECES)
+        new_top = tl.maximum(top, lse)
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, weight = tl.exp2(top - pivot), tl.exp2(lse - pivot)
+        acc = acc * fade[:, None] + out * weight[:, None]
+        total = total * fade + weight
+        top = new_top
+    whole = tl.max(top, 0)
+    weight = tl.exp2(top - tl.where(whole == float("-inf"), 0.0, whole))
+    return whole, tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0)
 
 
 @triton.jit
-def nothing(DIM: tl.constexpr):
-    """Softmax sums over no key."""
-    return tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DIM], tl.float32)
+def join(top, total, acc, other_top, other_total, other_acc):
+    """Softmax sums over the union of two disjoint sets of keys."""
+    whole = tl.maximum(top, other_top)
+    pivot = tl.where(whole == float("-inf"), 0.0, whole)
+    weight, other_weight = tl.exp2(top - pivot), tl.exp2(other_top - pivot)
+    return whole, total * weight + other_total * other_weight, acc * weight + other_acc * other_weight
 
 
 @triton.jit
 def _merge_pieces(
     part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs,
-    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
+    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
+    """One program: a slice of the channels of the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
     follow(EARLY)
-    at, span = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, DIM)
-    first, count = piece_range(before_ptr, at // group * COUNT + span, items, programs)
-    top, total, acc = nothing(DIM)
-    for done in range(0, count, PIECES):
-        lse, out = load_pieces(part_ptr, part_lse_ptr, first + done, count - done, at % group, columns=group, dim=dim, DIM=DIM, PIECES=PIECES)
-        top, total, acc = absorb(top, total, acc, lse, out)
+    at, span = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    item, column = at // group * COUNT + span, at % group
+    before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
+    first, count = piece_range(before, upto, 0, whole, programs)
+    lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
+    top, total, acc = gather_pieces(
+        lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES
+    )
     norm, lse = finish(top, total)
     target = span * rows + at
-    tl.store(lse_ptr + target, lse * LN2)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + target, lse * LN2)
     tl.store(out_ptr + target.to(tl.int64) * dim + channel, acc / norm, mask=channel < dim)
 
 
-def tuning(dim: int, columns: int, itemsize: int) -> dict:
+def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
     """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor.
 
     Block tables are loaded through the same pipeline, one step ahead, so that 5 stages hold 3 tiles of K and V and 3 stages hold 2.
-    Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory, twice if there is room.
+    Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory. Long reads do best with one
+    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``.
     """
-    tile_bytes = 2 * 64 * triton.next_power_of_2(dim) * itemsize
     if itemsize > 2:
         return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1}
-    small = tile_bytes <= 32768
-    return {"block": 64, "stages": 5 if small else 3, "warps": 4, "occupancy": 2 if small else 1}
+    stages, occupancy = (5, 1) if sides == 1 else (5, 2) if units < _MANY_UNITS else (3, 3)
+    if dim > 128:
+        stages, occupancy = 3, 1
+    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy}
 
 
 class Pieces:
@@ -240,8 +266,8 @@ class Pieces:
         group = heads // kv_heads
         sides = 2 if source.value == MAC.value else 1
         self.columns = sides * group
-        knobs = tuning(dim, self.columns, q.element_size()) | override
-        wide = triton.next_power_of_2(group)
+        knobs = tuning(dim, sides, q.element_size(), batch * kv_heads) | override
+        wide, self.block = triton.next_power_of_2(group), knobs["block"]
         self.items = batch * kv_heads * count
         most = self.items * triton.cdiv(table.shape[1] * page, knobs["block"])
         self.programs = max(1, min(processors(q.device) * knobs["occupancy"], most))
@@ -261,10 +287,15 @@ class Pieces:
             EARLY=early, num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
 
-    def merging(self, units: int) -> dict:
-        """Pieces to load at once and warps of a program that merges them: as many as there are if all ``units`` are equally long."""
-        expected = triton.next_power_of_2(triton.cdiv(self.programs, units) + 1)
-        return {"PIECES": min(16, max(4, expected)), "num_warps": 4 if expected > 4 else 1}
+    def merging(self, rows: int) -> tuple[int, dict]:
+        """Programs per row for a kernel that merges pieces, and its tile: channels times pieces that are loaded at once.
+
+        A program is one warp, so that nothing waits at a barrier. Few (request, head) rows are cut into thin slices of channels:
+        that occupies the machine, and a warp takes more pieces at once.
+        """
+        wide = triton.next_power_of_2(self.part.shape[-1])
+        width = min(wide, max(_THINNEST, triton.next_power_of_2(wide * rows // _MERGE_PROGRAMS)))
+        return wide // width, {"SLICE": width, "PIECES": max(4, _MERGE_ELEMENTS // width), "num_warps": 1}
 
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
@@ -290,9 +321,9 @@ def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> 
     out = torch.empty(count, batch, heads, dim, dtype=dtype, device=q.device)
     lse = torch.empty(count, batch, heads, dtype=torch.float32, device=q.device)
     early = dependent_launch(q.device)
-    _merge_pieces[(batch * heads, count)](
+    slices, tile = pieces.merging(batch * heads * count)
+    _merge_pieces[(batch * heads, slices, count)](
         pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs,
-        group=pieces.columns, dim=dim, COUNT=count, DIM=triton.next_power_of_2(dim),
-        EARLY=early, **pieces.merging(pieces.items), **launch_options(early),
+        group=pieces.columns, dim=dim, COUNT=count, EARLY=early, **tile, **launch_options(early),
     )  # fmt: skip
     return State(out, lse)

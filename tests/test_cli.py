@@ -158,7 +158,9 @@ def test_model_folder_without_usable_weights(macbench, tiny_model, tmp_path, dam
         weights.rename(folder / "pytorch_model.bin")
     else:
         (folder / "config.json").write_text("{")
-    code, _, err = macbench(f"model.path={folder}", f"runs_dir={tmp_path}/runs", "logger=none", "task.subtasks=[vt]", "ctx=2k", "limit=1", "method=full")
+    code, _, err = macbench(
+        f"model.path={folder}", f"runs_dir={tmp_path}/runs", "logger=none", "task.subtasks=[vt]", "ctx=2k", "limit=1", "method=full"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert f"model.path={folder}" in err
 
@@ -297,7 +299,9 @@ def test_a_method_that_cannot_act_says_so(macbench, tiny_args):
 
 def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
     command = [sys.executable, "-m", "macbench.run", *tiny_args, "method=full", "limit=400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.time() + 120
     while time.time() < deadline and len(list((tmp_path / "runs").rglob("samples/part-*.parquet"))) < 2:
         time.sleep(0.05)
@@ -318,7 +322,9 @@ def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
 @pytest.mark.parametrize("module", ["macbench.run", "macbench"])
 def test_ctrl_c_while_starting(tiny_args, seconds, module):
     command = [sys.executable, "-m", module, *tiny_args, "method=full", "limit=400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

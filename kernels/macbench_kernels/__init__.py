@@ -8,6 +8,7 @@ from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kerne
 from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.state import State, empty_state, merge
+from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
     "BACKENDS",
@@ -25,4 +26,5 @@ __all__ = [
     "kernels",
     "merge",
     "scanned_rows",
+    "visible_span",
 ]

@@ -15,13 +15,15 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """``attend``: decode attention over spans. ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    """What a backend offers; signatures and shapes are in torch_backend, prefill and mac.
 
-    Signatures and shapes: torch_backend, prefill and mac.
+    ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
+    with lse. ``mac_step``: a whole MAC step.
     """
 
     name: str
     attend: Callable
+    full: Callable
     match: Callable
     causal: Callable
     mac_step: Callable
@@ -36,7 +38,8 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if backend == "auto":
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
-        return Kernels("torch", torch_backend.attend, torch_backend.match, prefill.causal, compose(torch_backend.match, torch_backend.attend))
+        step = compose(torch_backend.match, torch_backend.attend)
+        return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step)
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -45,4 +48,4 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         from macbench_kernels import triton_attend, triton_mac, triton_match
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    return Kernels("triton", triton_attend.attend, triton_match.match, prefill.causal, triton_mac.mac_step)
+    return Kernels("triton", triton_attend.attend, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step)

@@ -71,6 +71,17 @@ def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor
     return result
 
 
+def visible_span(cache: PagedKVCache, heads: int) -> torch.Tensor:
+    """The one span of full attention, every visible key: int32 [1, 2, B, Hq]."""
+    stop = cache.lengths[:, None].expand(-1, heads)
+    return torch.stack([torch.zeros_like(stop), stop])[None]
+
+
+def full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float) -> torch.Tensor:
+    """Attention of q [B, Hq, d] over every visible key; [B, Hq, d] in q's dtype."""
+    return attend(q, cache, layer, visible_span(cache, q.shape[1]), scale).out[0].to(q.dtype)
+
+
 def _span(q, cache, layer, request, kv_heads, starts, stops, scale) -> State:
     """One span of the query heads of some KV heads: q [H, group, d], starts and stops per row of the group."""
     if len(set(stops)) > 1:  # heads of a group that end at different keys share no read: one by one

@@ -314,6 +314,11 @@ def attend_full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float, 
     return State(state.out[0], state.lse[0])
 
 
+def full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float) -> torch.Tensor:
+    """See torch_backend.full: attention over every visible key, [B, Hq, d] in q's dtype. No host synchronisation."""
+    return attend_full(q, cache, layer, scale, q.dtype).out
+
+
 def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> State:
     batch, heads, dim = q.shape
     out = torch.empty(count, batch, heads, dim, dtype=dtype, device=q.device)

@@ -170,11 +170,28 @@ def test_chained_steps_stay_with_the_reference(dtype):
     assert (ring.lse.cpu() - exact_ring.lse)[finite].abs().max() <= 1e-2
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def captured_step(step):
+    """(results, replay) of a step on static buffers: one CUDA graph, or on a CPU the same call into the same result tensors."""
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        return results, graph.replay
+    results = [torch.empty_like(part) for part in step()]
+
+    def replay():
+        for kept, part in zip(results, step(), strict=True):
+            kept.copy_(part)
+
+    return results, replay
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_graph_serves_growing_lengths_and_changing_hits(dtype):
+    """On a GPU a graph captured once and replayed 200 times; on a CPU 5 steps on the same static buffers. Equal to fresh calls."""
     torch.manual_seed(5)
-    steps, batch, kv_heads, group, dim, capacity, first = 200, 3, 2, 4, 128, 64, 700
+    steps, first = (200, 700) if DEVICE == "cuda" else (5, 70)
+    batch, kv_heads, group, dim, capacity = 3, *((2, 4, 128) if DEVICE == "cuda" else (1, 2, 32)), 64
     heads, params, scale = kv_heads * group, MacParams(4.0, 32), 0.1
     k, v = (torch.randn(batch, kv_heads, first + steps, dim, device=DEVICE, dtype=dtype) for _ in range(2))
     cache = filled_cache(k, v)
@@ -191,17 +208,22 @@ def test_one_graph_serves_growing_lengths_and_changing_hits(dtype):
     cache.lengths.copy_(start)
     warm = copied(ring)
     mac_step(x, y, cache, 0, warm, params, scale)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = mac_step(x, y, cache, 0, ring, params, scale)
+
+    def on_buffers():
+        result = mac_step(x, y, cache, 0, ring, params, scale)
         cache.lengths += 1
+        return result
+
+    clean = copied(ring)
+    captured, replay = captured_step(on_buffers)
+    for name in ("q", "out", "lse", "depth"):
+        getattr(ring, name).copy_(getattr(clean, name))
     replayed = []
     cache.lengths.copy_(start)
     for t in range(steps):
         x.copy_(q_pre[t])
         y.copy_(q[t])
-        graph.replay()
+        replay()
         replayed.append([part.clone() for part in captured])
     cache.lengths.copy_(start)
     hits = []
@@ -211,7 +233,7 @@ def test_one_graph_serves_growing_lengths_and_changing_hits(dtype):
         hits.append(int(step.hit.sum()))
         for got, want in zip(replayed[t], step, strict=True):
             assert torch.equal(got, want)
-    assert len(set(hits)) > 5
+    assert len(set(hits)) > (5 if DEVICE == "cuda" else 1)
     assert torch.equal(ring.out, eager_ring.out)
 
 

@@ -63,7 +63,7 @@ class Ruler:
     ):
         if not isinstance(ctx, int) or ctx < 1:
             raise ConfigError("ctx", ctx, "must be a positive number of tokens")
-        if not isinstance(subtasks, str | list | tuple | None):
+        if not isinstance(subtasks, Iterable | None):
             raise ConfigError("task.subtasks", subtasks, f"must be a list of some of {', '.join(protocol.SUBTASKS)}")
         if not isinstance(data_path, str | None):
             raise ConfigError("task.data_path", data_path, "must be a folder")

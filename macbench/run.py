@@ -62,8 +62,8 @@ def run(cfg: DictConfig) -> int:
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, ctx)
-    print(protocol_card(task.protocol()), file=sys.stderr)
     todo = pending(task, cfg.limit, variants, directory.done())
+    print(protocol_card(task.protocol()), file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
         engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
@@ -78,7 +78,9 @@ def run(cfg: DictConfig) -> int:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
-    unjudged = judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device) if hasattr(task, "checks") else 0
+    unjudged = (
+        judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device) if hasattr(task, "checks") else 0
+    )
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
     if unjudged:

@@ -112,10 +112,10 @@ def format_table(table: pd.DataFrame) -> str:
 
 
 def format_frame(frame: pd.DataFrame) -> str:
-    """Plain text of a task's own table: three digits, a dash where nothing applies, no column of empty strings."""
+    """Plain text of a task's own table, scores in percent; a dash where nothing applies, no column of empty strings."""
     shown = frame.loc[:, [c for c in frame if not (frame[c] == "").all()]].copy()
     for column in shown:
         if pd.api.types.is_float_dtype(shown[column]):
-            form = _FORMATS.get(column, "{:.3f}")
+            form = "{:.1f}" if column.startswith("score") else _FORMATS.get(column, "{:.1f}")
             shown[column] = [form.format(x) if pd.notna(x) else "-" for x in shown[column]]
     return shown.to_string(index=False)

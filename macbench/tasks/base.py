@@ -27,6 +27,15 @@ class Example:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Question:
+    """Something to ask a judge about a text: does ``context`` include ``event``? ``prompt``: the benchmark's words for it."""
+
+    context: str
+    event: str
+    prompt: str
+
+
 class Task(Protocol):
     """A benchmark. ``version`` changes whenever a prompt or a score can change.
 
@@ -34,7 +43,8 @@ class Task(Protocol):
     ``size(subtask) -> int``: how many examples there are, for a benchmark that has a last one.
     ``follow_up(example, text) -> Example | None``: a second call whose prompt is made from the first answer; its text is what is scored.
     ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run.
-    ``checks(samples) -> Checks``: questions for a judge about the texts of a run (see ``macbench/judging``).
+    ``checks(samples)``, ``verdict(answer)``, ``judged(texts, checks)`` and ``official_judge``: questions for a judge about the texts of a
+    run and what becomes of the answers (see ``macbench/judging``); none of them needs an instance.
     """
 
     name: str

@@ -19,9 +19,8 @@ _LIKELY = "what is the single, most likely answer choice? "
 
 ZERO_SHOT = "Please read the following text and answer the question below.\n\n" + _TEXT + _QUESTION + _FORMAT
 COT = "Please read the following text and answer the questions below.\n\n" + _TEXT + _QUESTION + _STEPS
-COT_ANSWER = (
-    "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n"
-    + (_QUESTION + _STEPS + " $COT$\n\nBased on the above, " + _LIKELY + _FORMAT)
+COT_ANSWER = "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n" + (
+    _QUESTION + _STEPS + " $COT$\n\nBased on the above, " + _LIKELY + _FORMAT
 )
 NO_CONTEXT = _QUESTION + "W" + _LIKELY[1:] + _FORMAT
 

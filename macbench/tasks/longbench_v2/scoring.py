@@ -44,7 +44,7 @@ def groups(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_letter(answers) -> str:
-    """The answer that is right most often; of equals the last, which over all 503 items is C."""
+    """The answer that is right most often (of equals the later letter); over all 503 items that is C."""
     counts = Counter(answers)
     return max(protocol.LETTERS, key=lambda letter: (counts[letter], letter))
 

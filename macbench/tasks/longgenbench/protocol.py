@@ -48,7 +48,7 @@ LEN_PIECES, LEN_WORDS = 40, 2000
 # {block}: the part that was ordered; {event}: what should be in it. Asked as a raw prompt.
 QUESTION = "Context: {block}### Instruction: Does this context include the {event}? Please answer with 'yes' or 'no' only."
 YES = "yes"  # anywhere in the answer, in any case; everything else is a no
-JUDGE = {"model": "llama31_8b", "temperature": 0.95, "top_p": 0.95, "max_tokens": 50, "seed": 42}
+JUDGE = {"judge": "llm", "model": "llama31_8b", "temperature": 0.95, "top_p": 0.95, "max_tokens": 50, "seed": 42}
 
 
 def template_hash() -> str:

@@ -1,16 +1,14 @@
 """LongGenBench as a task: long texts to order, and the questions about them for a judge."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 
 import pandas as pd
 
 from macbench.errors import ConfigError, choose
-from macbench.judging.base import Question
 from macbench.models.chat import Chat
 from macbench.sampling import Sampling
-from macbench.tasks.base import Example
+from macbench.tasks.base import Example, Question
 from macbench.tasks.longgenbench import data, protocol, scoring
 
 DEVIATIONS = (
@@ -29,6 +27,7 @@ class LongGenBench:
     """
 
     version = 1
+    official_judge = protocol.JUDGE
 
     def __init__(
         self,

@@ -57,10 +57,12 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
     if fresh:
         keep = max(variants[i].method.prompt_queries for i in fresh)
         prompt = _attempt(engine, lambda: engine.prefill(example.input_ids, keep, rate("prefill")))
-        for i in fresh:
-            found[i] = prompt if isinstance(prompt, Exception) else _attempt(engine, lambda i=i: calls[i].on(prompt))
-        if isinstance(prompt, Prompt):
-            prompt.free()
+        try:
+            for i in fresh:
+                found[i] = prompt if isinstance(prompt, Exception) else _attempt(engine, lambda i=i: calls[i].on(prompt))
+        finally:
+            if isinstance(prompt, Prompt):
+                prompt.free()
     follow_up = getattr(task, "follow_up", None)
     for i, variant in enumerate(variants):
         while follow_up and isinstance(found[i], Answer) and (after := follow_up(found[i].last, found[i].text)) is not None:

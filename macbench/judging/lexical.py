@@ -49,4 +49,5 @@ def stem(word: str) -> str:
         if word.endswith(suffix) and len(word) - len(suffix) >= _SHORTEST_STEM:
             word = word.removesuffix(suffix)
             break
-    return word.removesuffix("e") if len(word) > _SHORTEST_STEM else word
+    word = word.removesuffix("e") if len(word) > _SHORTEST_STEM else word
+    return word[:-1] + "i" if word.endswith("y") else word  # library, libraries

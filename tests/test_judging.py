@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -59,7 +60,7 @@ def test_lexical_settings():
 class Counting(LexicalJudge):
     """Counts what it is asked; answers with an error about cafés if told so."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
     broken = False
 
     def ask(self, questions, device, settled):
@@ -159,8 +160,8 @@ def test_a_model_judge_that_cannot_be_had_is_one_line(monkeypatch):
 class Server(BaseHTTPRequestHandler):
     """Answers by script: each entry is a status, or a text, or a number of seconds to wait."""
 
-    script: list = []
-    got: list = []
+    script: ClassVar[list] = []
+    got: ClassVar[list] = []
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -202,7 +203,12 @@ def test_api_sends_the_official_prompt(server, monkeypatch):
     assert found[0].answer == " Yes."
     ((path, body, key, _),) = Server.got
     assert (path, key) == ("/v1/completions", "Bearer secret")
-    assert body["prompt"] == question("library").prompt and (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (0.95, 0.95, 50, 42)
+    assert body["prompt"] == question("library").prompt and (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (
+        0.95,
+        0.95,
+        50,
+        42,
+    )
     Server.script[:] = ["no"]
     assert asked(ApiJudge(base_url=server, endpoint="chat", key_env=None), [question("library")])[0].answer == "no"
     assert Server.got[-1][0] == "/v1/chat/completions" and Server.got[-1][2] is None

@@ -2,10 +2,9 @@
 
 Official (pred.py): encode the raw prompt; if it has more than ``most`` tokens, decode its first and last ``most // 2`` and send that text
 through the chat template, which encodes all of it again. For texts of millions of words most of that work is thrown away. Byte-level
-BPE tokenizers always cut at the places that `_CUT` describes, so here the two ends of a context are encoded up to such a cut, put
-between the tokens of the question, and after a truncation only the words around the seam are encoded again. Where a tokenizer does not
-cut there (tried on `PROBE`), or a text has no such places or does not survive a round trip, everything is done the official way: same
-tokens, more time.
+BPE tokenizers always cut at the places that `_CUT` describes. So here only the two ends of a context are encoded, once for all prompts
+about it, and everything is encoded in pieces, without offsets and by all threads. Where a tokenizer does not cut there (tried on
+`PROBE`), everything is done the official way: same tokens, more time.
 """
 
 import re
@@ -18,8 +17,7 @@ from macbench.models.chat import Chat
 # After a single newline, and before a word's own space; no other white space near. (U+FFFD is also what half a character decodes to.)
 _CUT = re.compile("(?<=[^\\s\ufffd]\n)(?=[^\\s\ufffd])|(?<=[^\\s\ufffd])(?= [A-Za-z])")
 _CHARACTERS_PER_TOKEN = 6  # of plain text about 4.5; a piece that turns out too short is made again twice as long
-_PIECE = 1 << 16  # characters that a thread encodes at a time
-_SEAM = 4096  # tokens that are looked through for a line start on either side of a seam
+_PIECE = 1 << 12  # characters that are encoded at a time
 
 PROBE = """Title (1984)
 It isn't "so" simple: 3.14, 1,000,000 and e.g. 20% -- naïve café . Isn 't it ?
@@ -45,15 +43,11 @@ _end_
 
 @dataclass(frozen=True)
 class Ends:
-    """Tokens of a context, int32: all of them in ``head`` (``tail`` is None), or enough from either end for truncations to ``need``.
-
-    ``faithful``: whether they decode to the text. They do not where it spells out special tokens, or has bytes that the tokenizer lacks.
-    """
+    """Tokens of a context, int32: all of them in ``head`` (``tail`` is None), or enough from either end for truncations to ``need``."""
 
     head: np.ndarray
     tail: np.ndarray | None
     need: int
-    faithful: bool
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Truncator:
         parts = _CUT.split(PROBE)
         whole = self.chat.encode_piece(PROBE)
         pieces = [token for ids in self.chat.encode_pieces(parts) for token in ids]
-        return whole == pieces and self.chat.decode(whole) == PROBE
+        return whole == pieces
 
     # -- the official way ---------------------------------------------------------------------------------------------
 
@@ -106,38 +100,19 @@ class Truncator:
         if not self.exact or not all(_visible(text) for text in (before, body, after)):
             return None
         ends = self.ends(key, body, max(need, most))
-        encode = self.chat.encode_piece
-        opening, closing = self.chat.encode(self.chat.head + before), encode(after + self.chat.tail)
-        left, right = len(self.bos) + len(encode(before)), len(encode(after))
-        if ends.tail is None and left + len(ends.head) + right <= most:
-            return Cut(before + body + after, [*opening, *ends.head.tolist(), *closing], False)
-        left, right = most // 2 - left, most // 2 - right  # tokens of the document that stay on either side
+        opening, closing = self.bos + self._encode(before).tolist(), self._encode(after).tolist()
+        if ends.tail is None and len(opening) + len(ends.head) + len(closing) <= most:
+            first, last = self._encode(self.chat.head + before).tolist(), self._encode(after + self.chat.tail).tolist()
+            return Cut(before + body + after, self._with_bos([*first, *ends.head.tolist(), *last]), False)
+        half = most // 2
+        kept = [*opening, *ends.head[:half].tolist(), *([] if ends.tail is not None else closing)][:half]
         tail = ends.head if ends.tail is None else ends.tail
-        if left < 1 or right < 1 or left > len(ends.head) or right > len(tail) or not ends.faithful:
-            return None  # the seam lies in the question, or decoding changes the text elsewhere, too
-        first, last = ends.head[:left], tail[len(tail) - right :]
-        i, j = self._cut(first, range(left - 1, 0, -1)), self._cut(last, range(1, right))
-        if i is None or j is None:
-            return None
-        middle = self.chat.decode([*first[i:].tolist(), *last[:j].tolist()])
-        ids = [*opening, *first[:i].tolist(), *encode(middle), *last[j:].tolist(), *closing]
-        text = before + self.chat.decode(first[:i].tolist()) + middle + self.chat.decode(last[j:].tolist()) + after
-        return Cut(text, ids, True)
+        rest = [*([] if ends.tail is not None else opening), *tail[-half:].tolist(), *closing]
+        text = self.chat.decode(kept + rest[len(rest) - half :])
+        return Cut(text, self._with_bos(self._encode(self.chat.render(text)).tolist()), True)
 
-    def _cut(self, ids: np.ndarray, order: range) -> int | None:
-        """The first index in ``order`` that lies at a cut, or None."""
-        texts: dict[int, str] = {}
-
-        def text(index: int) -> str:
-            if index not in texts:
-                texts[index] = self.chat.decode([int(ids[index])]) if index >= 0 else ""
-            return texts[index]
-
-        def cut(index: int) -> bool:
-            before = text(index - 2) + text(index - 1)
-            return any(found.start() == len(before) for found in _CUT.finditer(before + text(index), max(len(before) - 1, 0)))
-
-        return next((i for i in order[:_SEAM] if cut(i)), None)
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
     def ends(self, key: str, body: str, most: int) -> Ends:
         """Tokens of a document that ends with a newline, enough for any truncation to at most ``most``."""
@@ -155,14 +130,9 @@ class Truncator:
                 break
             head, tail = self._encode(body[:stop]), self._encode(body[start:])
             if len(head) >= enough and len(tail) >= enough:
-                faithful = self._survives(head, body[:stop]) and self._survives(tail, body[start:])
-                return Ends(head[:enough].copy(), tail[len(tail) - enough :].copy(), most, faithful)
+                return Ends(head[:enough].copy(), tail[len(tail) - enough :].copy(), most)
             size *= 2
-        whole = self._encode(body)
-        return Ends(whole, None, most, self._survives(whole, body))
-
-    def _survives(self, ids: np.ndarray, text: str) -> bool:
-        return self.chat.decode(ids.tolist()) == text
+        return Ends(self._encode(body), None, most)
 
     def _encode(self, text: str) -> np.ndarray:
         """Tokens of a text, cut into pieces so that threads share the work."""

@@ -26,7 +26,7 @@ $(READY): pyproject.toml Makefile
 
 # Real RULER prompts, a real language model, full attention and MAC: a table and parquet in a few minutes on two cores.
 demo: $(READY)
-	$(BIN)/python -m macbench.run method=mac compare=[full] task=ruler task.subtasks=[niah_single_1,niah_multikey_2,vt] ctx=3k limit=1
+	$(BIN)/python -m macbench.run method=mac compare=[full] task=ruler task.subtasks=[niah_single_1,niah_single_2,fwe] ctx=3k limit=1
 
 test: $(READY)
 	$(BIN)/python -m pytest

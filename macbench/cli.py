@@ -32,7 +32,7 @@ def load_option(group: str, name: str):
 
 def normalise(argv: list[str]) -> list[str]:
     """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``."""
-    return ["++" + a if a.startswith("grid.") else a for a in argv]
+    return ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
 
 
 def check(argv: list[str]) -> None:

@@ -150,9 +150,9 @@ class Engine:
 
             with intercept(self.network, attend):
                 while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids and not ended(tokens):
+                    ledger.begin_step([n + 1 for n in cache.host_lengths])  # its own work is not part of a step's time
                     began = perf_counter()
                     cache.extend(1)
-                    ledger.begin_step(cache.host_lengths)
                     last = torch.tensor([[tokens[-1]]], device=self.shape.device)
                     logits = self._forward(last, cache.lengths[:, None].long() - 1)
                     tokens.append(sampler(logits))

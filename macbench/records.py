@@ -47,6 +47,7 @@ SCHEMAS = {
             ("score", pa.float64()),
             ("finish_reason", pa.string()),
             ("prefill_s", pa.float64()),
+            ("setup_s", pa.float64()),
             ("decode_s", pa.float64()),
             ("tpot_ms", pa.float64()),
             *_COUNTS,
@@ -118,13 +119,18 @@ class RunDirectory:
 
     def done(self) -> set[tuple[str, str, str, str]]:
         """Keys (method, variant, subtask, example_id) of the examples that finished without an error."""
-        frame = read_table(self.path, "samples", [*KEY, "error"])
+        frame = read_table(self.path, "samples", [*KEY, "error"], complete=True)
         return set(frame[frame.error.isna()][KEY].itertuples(index=False, name=None))
 
 
-def read_table(path: Path | str, table: str, columns: list[str] | None = None) -> pd.DataFrame:
-    """All parts of a table of a run folder; a damaged or foreign part is a ConfigError that names it."""
+def read_table(path: Path | str, table: str, columns: list[str] | None = None, complete: bool = False) -> pd.DataFrame:
+    """All parts of a table of a run folder; a damaged or foreign part is a ConfigError that names it.
+
+    ``complete``: leave out parts whose counterpart in another table is missing; damaged counterparts are errors too.
+    """
     parts = sorted((Path(path) / table).glob("part-*.parquet"))
+    if complete:
+        parts = [part for part in parts if all(_readable(part.parent.parent / other / part.name) for other in SCHEMAS)]
     frames = []
     for part in parts:
         try:
@@ -136,3 +142,15 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None) -
     if not frames:
         return pd.DataFrame(columns=columns or SCHEMAS[table].names)
     return pd.concat(frames, ignore_index=True)
+
+
+def _readable(part: Path) -> bool:
+    """Whether a part is there; raises if it is there but damaged (its footer is read, not its rows)."""
+    try:
+        return part.exists() and pq.read_metadata(part).num_columns > 0
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(part, error) from error
+
+
+def _damaged(part: Path, error: Exception) -> ConfigError:
+    return ConfigError("runs_dir", part, f"cannot be read ({str(error).splitlines()[0]}); delete it to have it made again")

@@ -35,6 +35,7 @@ def sample_columns(generation: Generation) -> dict:
         "new_tokens": len(generation.tokens),
         "decode_steps": steps,
         "finish_reason": generation.finish_reason,
+        "setup_s": generation.setup_seconds,
         "decode_s": decode,
         "tpot_ms": 1e3 * decode / steps if steps else None,
         **_columns(_summed(generation.counts, (0, 1, 2))[0]),

@@ -6,64 +6,57 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from time import time
 
+from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
-from hydra.utils import get_class
 from macbench_kernels import UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import cli, environment, judging, loggers, partial
+from macbench import cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
-from macbench.errors import ConfigError, choose
+from macbench.errors import ConfigError
 from macbench.generate import Answer, answers
-from macbench.methods.base import Method
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
+from macbench.settings import Variant
 from macbench.summary import drift, format_frame, format_table, summarise
 from macbench.tasks.base import Example, Task, count
 
-# Where a run goes and how far it gets do not change what is measured; they are no part of its identity.
-# Judges read texts that are there already; their verdicts lie in folders of their own.
+# Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
+# Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
 OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device", "judge")
+LOCATION_KEYS = ("data_path", "data_sha256")
 # Generated tokens per row of the table that shows drift over long generations.
 DRIFT_WINDOW = 1000
 
 
-@dataclass
-class Variant:
-    """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one)."""
-
-    name: str
-    label: str
-    method: Method
-
-
 def run(cfg: DictConfig) -> int:
     """One job. Returns the exit code: 0, or 1 if an example failed."""
-    ctx = cli.parse_ctx(cfg.ctx)
-    _check_numbers(cfg)
+    settings.check(cfg)
+    ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
-    variants = build_variants(cfg)
+    variants = settings.build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
     chat = load_chat(cfg.model)
-    task = _build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
+    task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     for subtask in task.subtasks:
         task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
 
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, ctx)
+    directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
     todo = pending(task, cfg.limit, variants, directory.done())
     print(protocol_card(task.protocol()), file=sys.stderr)
+    for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
+        print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
         engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
@@ -78,9 +71,9 @@ def run(cfg: DictConfig) -> int:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
-    unjudged = (
-        judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device) if hasattr(task, "checks") else 0
-    )
+    unjudged = 0
+    if hasattr(task, "checks"):
+        unjudged = judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device)
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
     if unjudged:
@@ -88,48 +81,11 @@ def run(cfg: DictConfig) -> int:
     return 1 if failed or unjudged else 0
 
 
-def build_variants(cfg: DictConfig) -> list[Variant]:
-    """The method (one variant per point of ``grid``), then those of ``compare``."""
-    grid = {key: list(value) if OmegaConf.is_list(value) else [value] for key, value in cfg.grid.items()}
-    for key in grid:
-        choose(f"grid.{key}", key, [k for k in cfg.method if k not in ("_target_", "name")])
-    variants = []
-    for point in product(*grid.values()):
-        chosen = dict(zip(grid, point, strict=True))
-        label = " ".join(f"{key}={value}" for key, value in chosen.items())
-        variants.append(Variant(cfg.method.name, label, _build(OmegaConf.merge(cfg.method, chosen), "method")))
-    names = [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare)
-    for name in names:
-        node = cli.load_option("method", choose("compare", str(name), cli.options("method")))
-        if node.name not in {v.name for v in variants}:
-            variants.append(Variant(node.name, "", _build(node, "method")))
-    return variants
-
-
-def _build(node: DictConfig, key: str, **extra):
-    """Instantiate a node's ``_target_`` with its other keys."""
-    params = OmegaConf.to_container(node, resolve=True)
-    target = params.pop("_target_")
-    params.pop("name", None)
-    try:
-        return get_class(target)(**params, **extra)
-    except (ImportError, TypeError) as error:
-        raise ConfigError(key, target, f"cannot be built: {error}") from error
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    least = {"limit": 1, "seed": 0, "engine.page_size": 1, "engine.prefill_chunk": 1}
-    for key, low in least.items():
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(key, value, f"must be an integer of at least {low}")
-
-
 def _kernels(backend: str, device: str):
     try:
         return kernels(backend, device)
     except UnsupportedError as error:
-        raise ConfigError("backend", backend, str(error)) from error
+        raise ConfigError("backend", backend, str(error).removeprefix(f"backend={backend}").strip(": ")) from error
 
 
 def _fits(cfg: DictConfig, ctx: int) -> None:
@@ -144,12 +100,16 @@ def model_name(cfg: DictConfig) -> str:
     return cfg.model.name if cfg.model.path == own else Path(str(cfg.model.path)).name
 
 
-def open_directory(cfg: DictConfig, task: Task, ctx: int) -> RunDirectory:
-    """runs/<task>/<model>/<ctx>/<method>-<hash8>, the hash over everything that can change a number."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    identity = {key: value for key, value in resolved.items() if key not in OUTPUT_KEYS} | {"ctx": ctx, "task_version": task.version}
+def open_directory(cfg: DictConfig, task: Task, resolved: dict) -> RunDirectory:
+    """runs/<task>/<model>/<ctx>/<method>-<hash8>: the hash is over everything that can change a number.
+
+    That is the configuration, what its automatic values came to (``resolved``: ctx, dtype, backend) and the data's own hashes.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    identity = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | resolved | {"protocol": task.protocol()}
+    identity["task"] = {key: value for key, value in identity["task"].items() if key not in LOCATION_KEYS}
     name = f"{cfg.method.name}-{config_hash(identity)}"
-    return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(ctx) / name)
+    return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(resolved["ctx"]) / name)
 
 
 def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -> dict[str, list[int]]:
@@ -273,13 +233,17 @@ def protocol_card(facts: dict) -> str:
 
 
 def _guarded(cfg: DictConfig) -> None:
+    interrupt.raise_again()
     try:
         code = run(cfg)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         code = 2
+    except OmegaConfBaseException as error:
+        print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
-        print("macbench: interrupted; finished examples are kept, the same command continues", file=sys.stderr)
+        print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
         code = 130
     if code:
         sys.exit(code)

@@ -30,6 +30,7 @@ class Sampling:
         _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "must be a number of at least 0")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
         _require(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", self.top_k, "must be an integer of at least 0 (0: every token)")
+        _require(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer of at least 0")
 
     def sampler(self, skip: int = 0) -> Callable[[torch.Tensor], int]:
         """Chooses from logits [vocab], call by call. ``skip``: how many tokens of the same stream were chosen before.

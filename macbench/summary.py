@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from macbench.counting import READ_CATEGORIES
+from macbench.counting import TOTALS, ratios
 
 COLUMNS = [
     *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "rho_log", "rho_phys", "rho_bytes"),
@@ -62,13 +62,11 @@ def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.
 def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
     good = group[group.error.isna()]
     n = len(good)
-    sums = good.sum(numeric_only=True)
-
-    def ratio(a: float, b: float) -> float:
-        return a / b if b else math.nan
-
-    steps = int(good.decode_steps.sum()) if n else 0
-    matching = good.decode_steps.where(good.hit_rate.notna(), 0)  # every step of a matching method looks up the same number of heads
+    sums = {name: float(good[name].sum()) for name in TOTALS}
+    steps = int(good.decode_steps.sum())
+    # Every step of a matching method looks up the same number of heads, so steps weigh hit rates exactly.
+    matching = good.decode_steps.where(good.hit_rate.notna(), 0)
+    sums |= {"hits": float((good.hit_rate.fillna(0) * matching).sum()), "match_heads": float(matching.sum())}
     return {
         "method": method,
         "variant": variant,
@@ -77,12 +75,9 @@ def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
         "errors": len(group) - n,
         "score": good.score.mean() if n else math.nan,
         "score_se": good.score.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
-        "rho_log": ratio(sums.get("tokens_log", 0), sums.get("tokens_log_full", 0)),
-        "rho_phys": ratio(sums.get("tokens_phys", 0), sums.get("tokens_phys_full", 0)),
-        "rho_bytes": ratio(sum(sums.get(f"bytes_{c}", 0) for c in READ_CATEGORIES), sums.get("bytes_full", 0)),
-        "hit_rate": ratio((good.hit_rate.fillna(0) * matching).sum(), matching.sum()),
+        **ratios(sums),
         "steps": steps,
-        "ms_per_token": 1e3 * ratio(sums.get("decode_s", 0), steps),
+        "ms_per_token": 1e3 * float(good.decode_s.sum()) / steps if steps else math.nan,
         "prefill_s": good.prefill_s.mean() if n else math.nan,
     }
 

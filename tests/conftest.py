@@ -17,6 +17,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
 
 
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Small tensors gain nothing from more threads, and lose much on a busy machine; whole models do gain."""
+    before = torch.get_num_threads()
+    if request.module.__name__ != "tests.test_engine":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,31 @@ def samples(tmp_path) -> pd.DataFrame:
         (["ctx=[1"], ["ctx=[1", "key=value"]),
         (["task.data_path=no-such-folder", "task.subtasks=[qa_1]"], ["task.data_path", "no-such-folder"]),
         (["-m", "method=full,mcc"], ["method=mcc"]),
+        (["compare=null"], ["compare=None", "compare=[full]"]),
+        (["compare=[[full]]"], ["compare=", "full"]),
+        (["grid=5"], ["grid=5", "grid.tau"]),
+        (["grid=null"], ["grid=None"]),
+        (["grid=[1]"], ["grid=[1]"]),
+        (["grid.tau=[]"], ["grid.tau=[]", "at least one value"]),
+        (["runs_dir=null"], ["runs_dir=None", "a folder"]),
+        (["runs_dir=5"], ["runs_dir=5", "a folder"]),
+        (["model.gguf=5"], ["model.gguf=5"]),
+        (["model.path=5"], ["model.path=5"]),
+        (["~ctx"], ["ctx=None", "4k"]),
+        (["ctx=1.5k"], ["ctx=1.5k"]),
+        (["ctx=-1"], ["ctx=-1"]),
+        (["ctx=null"], ["ctx=None"]),
+        (["seed=abc"], ["seed=abc", "integer"]),
+        (["limit=999999999"], ["limit=999999999", "at most"]),
+        (["engine=5"], ["engine"]),
+        (["device=null"], ["device=None", "auto"]),
+        (["backend=null"], ["backend=None", "auto"]),
+        (["method.name=../../evil"], ["method.name=../../evil", "full, mac"]),
+        (["method._target_=os.getcwd"], ["method._target_=os.getcwd", "class"]),
+        (["method._target_=no.such"], ["method._target_=no.such"]),
+        (["task.subtasks=5"], ["task.subtasks=5"]),
+        (["task.subtasks=[]"], ["task.subtasks=[]"]),
+        (["task.data_path=5"], ["task.data_path=5"]),
     ],
 )
 def test_one_clear_line_and_exit_code_2(macbench, tmp_path, args, said):
@@ -119,6 +145,24 @@ def test_gguf_with_the_wrong_hash(macbench, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
     assert "sha256" in err
     assert "b179c9523d" in err
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "config"])
+def test_model_folder_without_usable_weights(macbench, tiny_model, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    else:
+        (folder / "config.json").write_text("{")
+    code, _, err = macbench(
+        f"model.path={folder}", f"runs_dir={tmp_path}/runs", "logger=none", "task.subtasks=[vt]", "ctx=2k", "limit=1", "method=full"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"model.path={folder}" in err
 
 
 def test_unwritable_run_directory(macbench, tmp_path):
@@ -226,11 +270,38 @@ def test_a_damaged_part_is_named(macbench, tiny_args, tmp_path):
     code, _, err = macbench(*tiny_args, "method=full", "limit=1")
     assert (code, err.count("\n")) == (2, 1)
     assert part.name in err
+    part.unlink()
+    (steps,) = (tmp_path / "runs").rglob("steps/part-*.parquet")
+    assert macbench(*tiny_args, "method=full", "limit=1")[0] == 0
+    steps.write_bytes(steps.read_bytes()[:50])
+    code, _, err = macbench(*tiny_args, "method=full", "limit=1")
+    assert (code, err.count("\n")) == (2, 1)
+    steps.unlink()
+    assert macbench(*tiny_args, "method=full", "limit=1")[0] == 0
+    assert len(pd.read_parquet(steps)) == samples(tmp_path).decode_steps.sum()
+
+
+def test_identity_is_what_can_change_a_number(macbench, tiny_args, tmp_path):
+    """The same run whatever the device's name or the data's folder; another one for another precision."""
+    for extra in ([], ["device=auto"], [f"task.data_path={tmp_path}"]):
+        assert macbench(*tiny_args, "method=full", "limit=1", *extra)[0] == 0
+    folder = tmp_path / "runs" / "ruler"
+    assert len(list(folder.rglob("samples"))) == 1
+    assert macbench(*tiny_args, "method=full", "limit=1", "model.dtype=bfloat16")[0] == 0
+    assert len(list(folder.rglob("samples"))) == 2
+
+
+def test_a_method_that_cannot_act_says_so(macbench, tiny_args):
+    code, _, err = macbench(*tiny_args, "method=mac", "limit=1")
+    assert code == 0
+    assert "runs as full attention" in err
 
 
 def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
     command = [sys.executable, "-m", "macbench.run", *tiny_args, "method=full", "limit=400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.time() + 120
     while time.time() < deadline and len(list((tmp_path / "runs").rglob("samples/part-*.parquet"))) < 2:
         time.sleep(0.05)
@@ -245,6 +316,22 @@ def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
     assert finished.returncode == 0
     assert "nothing left to compute" in finished.stderr
     assert not [p for p in (tmp_path / "runs").rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.6, 1.5, 3.0])
+@pytest.mark.parametrize("module", ["macbench.run", "macbench"])
+def test_ctrl_c_while_starting(tiny_args, seconds, module):
+    command = [sys.executable, "-m", module, *tiny_args, "method=full", "limit=400"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if not line.startswith("macbench: note")] == [
+        "macbench: interrupted; finished examples are kept, the same command continues"
+    ]
 
 
 def test_help_shows_groups_knobs_and_examples(macbench):

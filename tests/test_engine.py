@@ -48,7 +48,8 @@ def test_full_attention_equals_transformers_generate(subtask, ctx):
     engine._forward = lambda *args: seen.append(forward(*args)) or seen[-1]
     assert engine.decode(prompt, Full(), NEW_TOKENS).tokens == want.sequences[0, len(ids) :].tolist()
     for ours, theirs in zip(seen, want.logits[1:], strict=True):
-        torch.testing.assert_close(ours, theirs[0].float(), atol=1e-4, rtol=0)
+        # Rounding of float32 over 30 layers, in units of the largest logit (about 20).
+        assert (ours - theirs[0].float()).abs().max() < 1e-5 * theirs.abs().max()
 
 
 def test_methods_share_one_prefill_and_leave_it_alone():

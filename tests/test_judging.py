@@ -240,7 +240,7 @@ def test_api_that_refuses_or_has_no_key_is_one_line(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"judge\.key_env=OPENAI_API_KEY: is not set"):
         ApiJudge().prepare()
-    for wrong in ({"endpoint": "chats"}, {"parallel": 0}, {"base_url": "localhost"}):
+    for wrong in ({"endpoint": "chats"}, {"parallel": 0}, {"base_url": "localhost"}, {"timeout": 0}):
         with pytest.raises(ConfigError, match=f"judge.{next(iter(wrong))}="):
             ApiJudge(**wrong)
 

@@ -91,5 +91,6 @@ if __name__ == "__main__":
         mock.patch.object(triton_common, "_INTERPRETED_PROCESSORS", 132),
         mock.patch.object(triton_match, "dependent_launch", lambda device: True),
         mock.patch.object(triton_attend, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
     ):
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -69,6 +69,7 @@ def mac(cells, variants, rates=(1.0,), early=(True, False)) -> None:
                 with (
                     mock.patch.object(triton_match, "dependent_launch", lambda device, on=on: on),
                     mock.patch.object(triton_attend, "dependent_launch", lambda device, on=on: on),
+                    mock.patch.object(triton_mac, "dependent_launch", lambda device, on=on: on),
                 ):
                     attempt(
                         f"mac h={rate} {heads} b={batch} {ctx} early={on} {variant}", cell.hit_bytes,
@@ -94,8 +95,8 @@ def parts(cells) -> None:
 
         def two(layer):
             return triton_attend.Pieces(
-                problem.q[layer], problem.cache, layer, cell.scale, MAC, 2,
-                keys=scan(layer), radius=radius, capacity=cell.window, band=cell.band, sink=0,
+                problem.q[layer], problem.cache, layer, cell.scale, MAC, 1,
+                keys=scan(layer)[0], radius=radius, capacity=cell.window, band=cell.band, sink=0,
             )  # fmt: skip
 
         attempt(f"scan       {heads} b={batch}", cell.hit_bytes, scan, layers)
@@ -110,14 +111,33 @@ def main(what: list[str]) -> None:
     print(f"copy {copy_bandwidth('cuda') / 1e12:.3f} TB/s", flush=True)
     eight, four = (32, 8), (32, 4)
     if "full" in what:
-        full([(eight, 1, 130048, 3), (eight, 1, 32768, 8)], list(knobs()) + list(knobs((128,), (3, 5), (8,), (1, 2))))
-        full([(four, 1, 130048, 4), (eight, 16, 32768, 1)], list(knobs((64,), (3, 5), (4,), (2, 3))) + list(knobs((128,), (3,), (4, 8), (1, 2))))
+        few = [{"block": 64, "stages": s, "occupancy": o} for s, o in ((3, 2), (5, 1), (5, 2))]
+        full([(eight, 1, 130048, 3), (eight, 1, 32768, 20), (four, 1, 130048, 4), (four, 1, 32768, 40), (eight, 16, 32768, 1)], few)
     if "mac" in what:
-        mac([(eight, 1, 32768, 38)], list(knobs((64,), (3, 5), (4,), (1, 2, 3))))
-        mac([(eight, 16, 32768, 3), (eight, 64, 16384, 1)], list(knobs((64,), (3, 5), (4,), (2, 3))))
-        mac([(eight, 1, 130048, 8)], list(knobs((64,), (3, 5), (4,), (2, 3))), rates=(0.0,), early=(True,))
+        few = [{"block": 64, "stages": s, "occupancy": o} for s, o in ((3, 2), (3, 3), (5, 1), (5, 2))]
+        cells = [(eight, 1, 32768, 38), (eight, 16, 32768, 3), (eight, 64, 16384, 1)]
+        mac(cells, few, rates=(1.0, 0.97, 0.0), early=(True,))
+    if "slices" in what:  # of the merging programs: tile in elements, fewest channels
+        for elements, thinnest in ((512, 16), (1024, 16), (512, 32), (1024, 32)):
+            print(f"merging tiles of {elements} elements, at least {thinnest} channels")
+            with mock.patch.object(triton_attend, "_MERGE_ELEMENTS", elements), mock.patch.object(triton_attend, "_THINNEST", thinnest):
+                mac([(eight, 1, 32768, 38), (eight, 16, 32768, 3), (eight, 64, 16384, 1)], [{}], rates=(1.0, 0.97, 0.0), early=(True,))
+        print("at most 4 splits of a ring")
+        with mock.patch.object(triton_match, "MAX_SPLITS", 4):
+            mac([(eight, 1, 32768, 38)], [{}], rates=(1.0, 0.97), early=(True,))
+        few = [{"block": 64, "stages": s, "occupancy": o} for s, o in ((3, 3), (5, 2))]
+        mac([(four, 16, 32768, 3), (four, 1, 32768, 38), (eight, 4, 32768, 10)], few, rates=(1.0, 0.9), early=(True,))
     if "parts" in what:
         parts([(eight, 1, 32768, 38), (eight, 16, 32768, 3), (eight, 64, 16384, 1)])
+    if "profile" in what:  # for ncu: a few launches of each kernel
+        for batch, ctx in ((1, 32768), (16, 32768), (64, 16384)):
+            problem = Problem(Cell(*eight, batch, ctx), "cuda", 1, 4, 0)
+            stream = Stream(problem, 1.0, "none")
+            cell = problem.cell
+            for step in range(2):
+                params = MacParams(cell.tau * (2 * cell.head_dim) ** 0.5, cell.band)
+                triton_mac.mac_step(stream.queries[step, 0], problem.q[0], problem.cache, 0, stream.rings[0], params, cell.scale)
+            del problem, stream
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from macbench_kernels.state import State
+from macbench_kernels.state import State, empty_state
 
 
 class Match(NamedTuple):
@@ -49,10 +49,6 @@ class Ring:
     def capacity(self) -> int:
         return self.q.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.q, self.out, self.lse, self.depth))
-
     def fill(self, q: torch.Tensor, state: State, first: int) -> None:
         """Write exact entries of the prompt's last n <= capacity queries, of positions from ``first``: q, state.out [batch, q_heads, n, head_dim]."""
         rows = torch.arange(first, first + q.shape[2], device=q.device) % self.capacity
@@ -64,12 +60,17 @@ class Ring:
     def read(self, slot: torch.Tensor, wanted: torch.Tensor) -> tuple[State, torch.Tensor]:
         """State (out [batch, q_heads, head_dim], lse [batch, q_heads]) and depth of one row per head.
 
-        slot int64, wanted bool: [batch, q_heads]. Heads that do not want theirs get the empty state and depth 0.
+        slot int64, wanted bool: [batch, q_heads]. Heads that do not want theirs get the empty state and depth 0;
+        nothing of the ring is read for them, which takes a look at ``wanted`` on the host.
         """
-        row = slot[..., None]
-        out = self.out.gather(2, row[..., None].expand(*row.shape, self.out.shape[-1]))[:, :, 0]
-        lse, depth = (x.gather(2, row)[..., 0] for x in (self.lse, self.depth))
-        return State(torch.where(wanted[..., None], out, 0), torch.where(wanted, lse, float("-inf"))), torch.where(wanted, depth, 0)
+        request, head = wanted.nonzero(as_tuple=True)
+        row = slot[request, head]
+        state = empty_state(tuple(slot.shape), self.out.shape[-1], self.out.dtype, self.out.device)
+        state.out[request, head] = self.out[request, head, row]
+        state.lse[request, head] = self.lse[request, head, row]
+        depth = torch.zeros_like(slot, dtype=torch.int32)
+        depth[request, head] = self.depth[request, head, row]
+        return state, depth
 
     def write(self, position: torch.Tensor, q: torch.Tensor, state: State, depth: torch.Tensor) -> None:
         """Write the entries of one step: position int [batch], q [batch, q_heads, head_dim]."""

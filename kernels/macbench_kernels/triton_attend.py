@@ -11,10 +11,16 @@ import triton.language as tl
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.state import State
 from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
-from macbench_kernels.triton_spans import FAR, FULL, SPANS, bounds, extent, tiles
+from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent, tiles
 
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
+# (request, KV head) pairs from which on short reads are many.
+_MANY_UNITS = 64
+# Tile of a merging program in elements, its fewest channels, and how many programs are enough.
+_MERGE_ELEMENTS = 512
+_THINNEST = 16
+_MERGE_PROGRAMS = 2048
 
 
 @triton.jit
@@ -58,68 +64,79 @@ def _tile_loop(
 
 
 @triton.jit
+def _place(item, count, items, passed, begin, end, before_ptr):
+    """Sums over a chunk of items [n] with ``passed`` tiles before it: items and tiles before the share [begin, end), items up to its end."""
+    upto = passed + tl.cumsum(count, 0)
+    known = item < items
+    over = known & (upto <= begin)
+    if tl.program_id(0) == 0:
+        tl.store(before_ptr + item, upto - count, mask=known)
+    first, at = tl.sum(over.to(tl.int32), 0), tl.max(tl.where(over, upto, 0), 0)
+    return first, at, tl.sum((known & (upto - count < end)).to(tl.int32), 0)
+
+
+@triton.jit
 def _attend_shares(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, spans_ptr, keys_ptr, part_ptr, part_lse_ptr, before_ptr, scale,
-    batch, heads, items, table_stride, head_stride, radius, capacity, band, sink,
-    group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr, COUNT: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    batch, items, table_stride, head_stride, radius, band, sink,
+    heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
+    COUNT: tl.constexpr, SIDES: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: one share of all tiles. before [items + 1] gets the number of tiles before each item; part [pieces, group, dim]."""
+    """One program: one share of all tiles. before [items + 1] gets the number of tiles before each item; part [pieces, SIDES * group, dim]."""
     follow(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    kv_heads = heads // group
-    total = 0
-    for first in range(0, items, CHUNK):
-        total += tl.sum(
-            tiles(
-                first + tl.arange(0, CHUNK), items, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
-                group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
-            ), 0,
+    kv_heads: tl.constexpr = heads // group
+    lane = tl.arange(0, CHUNK)
+    count = tiles(
+        lane, items, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+        heads=heads, capacity=capacity, group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
+    )  # fmt: skip
+    passed = tl.sum(count, 0)
+    total = passed
+    for chunk in range(1, CHUNKS):
+        more = tiles(
+            chunk * CHUNK + lane, items, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+            heads=heads, capacity=capacity, group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
         )  # fmt: skip
+        total += tl.sum(more, 0)
     share = tl.cdiv(total, programs)
     begin = program * share
     end = tl.minimum(begin + share, total)
-    first_item, last_item, at, passed = 0, 0, 0, 0
-    for first in range(0, items, CHUNK):
-        item = first + tl.arange(0, CHUNK)
-        count = tiles(
-            item, items, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
-            group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
+    first_item, at, last_item = _place(lane, count, items, 0, begin, end, before_ptr)
+    for chunk in range(1, CHUNKS):
+        item = chunk * CHUNK + lane
+        more = tiles(
+            item, items, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+            heads=heads, capacity=capacity, group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
         )  # fmt: skip
-        upto = passed + tl.cumsum(count, 0)
-        if program == 0:
-            tl.store(before_ptr + item, upto - count, mask=item < items)
-        over = (item < items) & (upto <= begin)
-        first_item += tl.sum(over.to(tl.int32), 0)
-        last_item += tl.sum(((item < items) & (upto - count < end)).to(tl.int32), 0)
-        at = tl.maximum(at, tl.max(tl.where(over, upto, 0), 0))
-        passed += tl.sum(count, 0)
+        first, over, last = _place(item, more, items, passed, begin, end, before_ptr)
+        first_item, last_item, at, passed = first_item + first, last_item + last, tl.maximum(at, over), passed + tl.sum(more, 0)
     if program == 0:
         tl.store(before_ptr + items, total)
 
-    row = tl.arange(0, GROUP)
+    column = tl.arange(0, COLUMNS)
+    real = column < SIDES * group
     channel = tl.arange(0, DIM)
     if begin < end:
         for item in range(first_item, last_item):
             unit, span = item // COUNT, item % COUNT
             request, kv_head = unit // kv_heads, unit % kv_heads
-            head = kv_head * group + row
+            head = kv_head * group + column % group
             start, stop = bounds(
-                span, request, head, item < items, row < group, lengths_ptr, spans_ptr, keys_ptr,
-                batch, heads, radius, capacity, band, sink, SOURCE=SOURCE, SPLITS=SPLITS,
+                span, column // group, request, head, item < items, real, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+                heads=heads, capacity=capacity, SOURCE=SOURCE, SPLITS=SPLITS,
             )  # fmt: skip
             low, high = extent(start, stop)
-            count = tl.cdiv(high - low, BLOCK)
             first_key = low + tl.maximum(begin - at, 0) * BLOCK
             end_key = tl.minimum(low + (end - at) * BLOCK, high)
-            at += count
+            at += tl.cdiv(high - low, BLOCK)
             if first_key < end_key:
                 q = tl.load(
-                    q_ptr + (request * heads + head)[None, :] * dim + channel[:, None],
-                    mask=(row < group)[None, :] & (channel < dim)[:, None], other=0.0,
+                    q_ptr + (request * heads + head)[None, :] * dim + channel[:, None], mask=real[None, :] & (channel < dim)[:, None], other=0.0,
                 )  # fmt: skip
-                base = kv_head.to(tl.int64) * head_stride
+                base = kv_head * head_stride.to(tl.int64)
                 k, v, table = k_ptr + base, v_ptr + base, table_ptr + request * table_stride
                 if SOURCE == SPANS:
                     # Heads that all start or all stop together leave no gap. Only then are the loads free of a mask from all heads.
@@ -128,84 +145,115 @@ def _attend_shares(
                     if together:
                         top, total_weight, acc = _tile_loop(
                             q, k, v, table, first_key, end_key, start, stop, scale,
-                            dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
+                            dim=dim, page=page, GROUP=COLUMNS, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
                         )  # fmt: skip
                     else:
                         top, total_weight, acc = _tile_loop(
                             q, k, v, table, first_key, end_key, start, stop, scale,
-                            dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=True,
+                            dim=dim, page=page, GROUP=COLUMNS, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=True,
                         )  # fmt: skip
                 else:
                     top, total_weight, acc = _tile_loop(
                         q, k, v, table, first_key, end_key, start, stop, scale,
-                        dim=dim, page=page, GROUP=GROUP, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
+                        dim=dim, page=page, GROUP=COLUMNS, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, GAPS=False,
                     )  # fmt: skip
                 norm, lse = finish(top, total_weight)
-                target = (program + item) * group + row
-                tl.store(part_lse_ptr + target, lse, mask=row < group)
+                target = (program + item) * (SIDES * group) + column
+                tl.store(part_lse_ptr + target, lse, mask=real)
                 tl.store(
-                    part_ptr + target[None, :] * dim + channel[:, None], acc / norm[None, :],
-                    mask=(row < group)[None, :] & (channel < dim)[:, None],
+                    part_ptr + target[None, :] * dim + channel[:, None], acc / norm[None, :], mask=real[None, :] & (channel < dim)[:, None],
                 )  # fmt: skip
 
 
+@triton.jit
+def piece_range(before, upto, skip, total, programs):
+    """(first piece relative to the item, number of pieces) of an item with the tiles [before, upto), its first ``skip`` tiles left out."""
+    share = tl.maximum(tl.cdiv(total, programs), 1)
+    first = (before + skip) // share
+    return first, tl.where(upto > before, (upto - 1) // share - first + 1, 0)
+
 
 @triton.jit
-def fold_pieces(
-    top, total, acc, part_ptr, part_lse_ptr, before_ptr, item, items, programs, row,
-    group: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+def load_pieces(part_ptr, part_lse_ptr, first, count, column, channel, columns: tl.constexpr, dim: tl.constexpr, PIECES: tl.constexpr):
+    """(lse in base 2 [PIECES], out [PIECES, c]) of a column in the pieces first, first + 1, ...; empty states from ``count`` on."""
+    index = tl.arange(0, PIECES)
+    at = (first + index) * columns + column
+    lse = tl.load(part_lse_ptr + at, mask=index < count, other=float("-inf"))
+    return lse, tl.load(part_ptr + at[:, None] * dim + channel[None, :], mask=(index < count)[:, None] & (channel < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def gather_pieces(
+    lse, out, part_ptr, part_lse_ptr, first, count, column, channel,
+    columns: tl.constexpr, dim: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Add all pieces of an item, for the head ``row`` of its group, to softmax sums (top, total scalars, acc [DIM])."""
-    channel = tl.arange(0, DIM)[None, :]
-    before, upto = tl.load(before_ptr + item), tl.load(before_ptr + item + 1)
-    share = tl.maximum(tl.cdiv(tl.load(before_ptr + items), programs), 1)
-    first = before // share
-    count = tl.where(upto > before, (upto - 1) // share - first + 1, 0)
-    for block in range(0, count, PIECES):
-        index = block + tl.arange(0, PIECES)
-        here = index < count
-        at = (first + item + index) * group + row
-        lse = tl.load(part_lse_ptr + at, mask=here, other=float("-inf"))
-        part = tl.load(part_ptr + at[:, None] * dim + channel, mask=here[:, None] & (channel < dim), other=0.0)
-        new_top = tl.maximum(top, tl.max(lse, 0))
+    """Softmax sums (top, total scalars, acc [c]) of a column over ``count`` pieces, whose first PIECES are loaded already.
+
+    Piece i is added to row i % PIECES, so that rows meet only once, at the end.
+    """
+    top, total, acc = lse, tl.where(lse > float("-inf"), 1.0, 0.0), out
+    for done in range(PIECES, count, PIECES):
+        lse, out = load_pieces(part_ptr, part_lse_ptr, first + done, count - done, column, channel, columns=columns, dim=dim, PIECES=PIECES)
+        new_top = tl.maximum(top, lse)
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
         fade, weight = tl.exp2(top - pivot), tl.exp2(lse - pivot)
-        acc = acc * fade + tl.sum(part * weight[:, None], 0)
-        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade[:, None] + out * weight[:, None]
+        total = total * fade + weight
         top = new_top
-    return top, total, acc
+    whole = tl.max(top, 0)
+    weight = tl.exp2(top - tl.where(whole == float("-inf"), 0.0, whole))
+    return whole, tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0)
+
+
+@triton.jit
+def join(top, total, acc, other_top, other_total, other_acc):
+    """Softmax sums over the union of two disjoint sets of keys."""
+    whole = tl.maximum(top, other_top)
+    pivot = tl.where(whole == float("-inf"), 0.0, whole)
+    weight, other_weight = tl.exp2(top - pivot), tl.exp2(other_top - pivot)
+    return whole, total * weight + other_total * other_weight, acc * weight + other_acc * other_weight
 
 
 @triton.jit
 def _merge_pieces(
     part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs,
-    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
+    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
+    """One program: a slice of the channels of the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
     follow(EARLY)
-    at, span = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, DIM)
-    top, total, acc = fold_pieces(
-        tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DIM], tl.float32),
-        part_ptr, part_lse_ptr, before_ptr, at // group * COUNT + span, items, programs, at % group,
-        group=group, dim=dim, DIM=DIM, PIECES=PIECES,
-    )  # fmt: skip
+    at, span = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    item, column = at // group * COUNT + span, at % group
+    before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
+    first, count = piece_range(before, upto, 0, whole, programs)
+    lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
+    top, total, acc = gather_pieces(
+        lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES
+    )
     norm, lse = finish(top, total)
     target = span * rows + at
-    tl.store(lse_ptr + target, lse * LN2)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + target, lse * LN2)
     tl.store(out_ptr + target.to(tl.int64) * dim + channel, acc / norm, mask=channel < dim)
 
 
-def tuning(dim: int, group: int, itemsize: int) -> dict:
-    """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor."""
-    wide = triton.next_power_of_2(dim)
-    block = max(16, min(64, 32768 // (wide * itemsize)))
-    stage_bytes = 2 * block * wide * itemsize
-    return {"block": block, "stages": 4 if stage_bytes <= 32768 else 3, "warps": 4, "occupancy": 2 if stage_bytes <= 32768 else 1}
+def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
+    """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor.
+
+    Block tables are loaded through the same pipeline, one step ahead, so that 5 stages hold 3 tiles of K and V and 3 stages hold 2.
+    Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory. Long reads do best with one
+    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``.
+    """
+    if itemsize > 2:
+        return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1}
+    stages, occupancy = (5, 1) if sides == 1 else (5, 2) if units < _MANY_UNITS else (3, 3)
+    if dim > 128:
+        stages, occupancy = 3, 1
+    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy}
 
 
 class Pieces:
-    """Launch of the persistent kernel and the scratch that it fills: part float32 [pieces, group, d], part_lse, before."""
+    """Launch of the persistent kernel and the scratch that it fills: part float32 [pieces, columns, d], part_lse, before."""
 
     def __init__(
         self, q, cache: PagedKVCache, layer: int, scale: float, source, count: int,
@@ -216,25 +264,38 @@ class Pieces:
         kv_heads, _, page, _ = k.shape
         table, lengths = cache.block_table, cache.lengths
         group = heads // kv_heads
-        knobs = tuning(dim, group, q.element_size()) | override
-        columns = triton.next_power_of_2(group)
-        splits = 1 if keys is None else keys.shape[0]
+        sides = 2 if source.value == MAC.value else 1
+        self.columns = sides * group
+        knobs = tuning(dim, sides, q.element_size(), batch * kv_heads) | override
+        wide, self.block = triton.next_power_of_2(group), knobs["block"]
         self.items = batch * kv_heads * count
         most = self.items * triton.cdiv(table.shape[1] * page, knobs["block"])
         self.programs = max(1, min(processors(q.device) * knobs["occupancy"], most))
         pieces = self.programs + self.items
-        self.part = torch.empty(pieces, group, dim, dtype=torch.float32, device=q.device)
-        self.part_lse = torch.empty(pieces, group, dtype=torch.float32, device=q.device)
+        self.part = torch.empty(pieces, self.columns, dim, dtype=torch.float32, device=q.device)
+        self.part_lse = torch.empty(pieces, self.columns, dtype=torch.float32, device=q.device)
         self.before = torch.empty(self.items + 1, dtype=torch.int32, device=q.device)
-        self.early = dependent_launch(q.device)
-        chunk = max(16, min(triton.next_power_of_2(self.items), _PROLOGUE_ELEMENTS // columns))
+        early = dependent_launch(q.device)
+        chunk = max(16, min(triton.next_power_of_2(self.items), _PROLOGUE_ELEMENTS // wide))
         _attend_shares[(self.programs,)](
             q, k, v, table, lengths, spans, keys, self.part, self.part_lse, self.before, scale * LOG2E.value,
-            batch, heads, self.items, table.stride(0), k.stride(0), radius, capacity, band, sink,
-            group=group, dim=dim, page=page, COUNT=count, SOURCE=source.value, SPLITS=splits,
-            GROUP=max(16, columns), HEADS=columns, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"], CHUNK=chunk, STAGES=knobs["stages"],
-            EARLY=self.early, num_warps=knobs["warps"], **launch_options(self.early),
+            batch, self.items, table.stride(0), k.stride(0), radius, band, sink,
+            heads=heads, capacity=capacity, group=group, dim=dim, page=page,
+            COUNT=count, SIDES=sides, SOURCE=source.value, SPLITS=1 if keys is None else keys.shape[0],
+            COLUMNS=max(16, triton.next_power_of_2(self.columns)), HEADS=wide, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"],
+            CHUNK=chunk, CHUNKS=triton.cdiv(self.items, chunk), STAGES=knobs["stages"],
+            EARLY=early, num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
+
+    def merging(self, rows: int) -> tuple[int, dict]:
+        """Programs per row for a kernel that merges pieces, and its tile: channels times pieces that are loaded at once.
+
+        A program is one warp, so that nothing waits at a barrier. Few (request, head) rows are cut into thin slices of channels:
+        that occupies the machine, and a warp takes more pieces at once.
+        """
+        wide = triton.next_power_of_2(self.part.shape[-1])
+        width = min(wide, max(_THINNEST, triton.next_power_of_2(wide * rows // _MERGE_PROGRAMS)))
+        return wide // width, {"SLICE": width, "PIECES": max(4, _MERGE_ELEMENTS // width), "num_warps": 1}
 
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
@@ -259,9 +320,10 @@ def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> 
     batch, heads, dim = q.shape
     out = torch.empty(count, batch, heads, dim, dtype=dtype, device=q.device)
     lse = torch.empty(count, batch, heads, dtype=torch.float32, device=q.device)
-    _merge_pieces[(batch * heads, count)](
+    early = dependent_launch(q.device)
+    slices, tile = pieces.merging(batch * heads * count)
+    _merge_pieces[(batch * heads, slices, count)](
         pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs,
-        group=pieces.part.shape[1], dim=dim, COUNT=count, DIM=triton.next_power_of_2(dim), PIECES=16,
-        EARLY=pieces.early, num_warps=4, **launch_options(pieces.early),
+        group=pieces.columns, dim=dim, COUNT=count, EARLY=early, **tile, **launch_options(early),
     )  # fmt: skip
     return State(out, lse)

@@ -23,11 +23,11 @@ NOTHING: tl.constexpr = tl.constexpr(0x7F800000 << 32)  # infinitely far, row 0,
 
 @triton.jit
 def _scan(
-    q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr,
+    q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr, found_ptr,
     shift, radius, oldest, max_chain, min_context, heads, capacity, share,
     dim: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim], keys [splits, B, Hq]."""
+    """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
     follow(EARLY)
@@ -59,7 +59,9 @@ def _scan(
     distance, slot, _ = unpack(near)
     # A row that was never filled holds the empty state: it can be near, but there is nothing to reuse.
     lse = tl.load(lse_ptr + base + slot, mask=distance < radius, other=float("-inf"))
-    tl.store(keys_ptr + split * tl.num_programs(0) + row, near | (lse > float("-inf")).to(tl.int64))
+    target = split * tl.num_programs(0) + row
+    tl.store(found_ptr + target, lse)
+    tl.store(keys_ptr + target, near | (lse > float("-inf")).to(tl.int64))
 
 
 @triton.jit
@@ -76,6 +78,17 @@ def nearest(keys_ptr, row, wanted, rows, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         key = tl.minimum(key, tl.load(keys_ptr + split * rows + row, mask=wanted, other=NOTHING))
     return key
+
+
+@triton.jit
+def nearest_state(keys_ptr, found_ptr, row, rows, SPLITS: tl.constexpr):
+    """(packed match, lse of its ring row) of one head; found [SPLITS, rows] keeps the lse, whose row may be overwritten meanwhile."""
+    key, lse = tl.load(keys_ptr + row), tl.load(found_ptr + row)
+    for split in tl.static_range(1, SPLITS):
+        other = tl.load(keys_ptr + split * rows + row)
+        lse = tl.where(other < key, tl.load(found_ptr + split * rows + row), lse)
+        key = tl.minimum(key, other)
+    return key, lse
 
 
 @triton.jit
@@ -105,8 +118,11 @@ def _report(
 
 def scan(
     q: torch.Tensor, ring: Ring, position: torch.Tensor, shift: int, radius: float, oldest: int, max_chain: int | None, min_context: int
-) -> torch.Tensor:
-    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added. Returns packed matches int64 [splits, B, Hq]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added.
+
+    Returns packed matches int64 [splits, B, Hq], and the lse of the matched rows float32 [splits, B, Hq] (-inf outside the radius).
+    """
     batch, heads, dim = q.shape
     wide = triton.next_power_of_2(dim)
     block = max(16, min(BLOCK_ROWS, 16384 // (wide * q.element_size())))
@@ -114,13 +130,14 @@ def scan(
     splits = min(triton.next_power_of_2(aim), MAX_SPLITS, triton.next_power_of_2(triton.cdiv(ring.capacity, block)))
     share = triton.cdiv(triton.cdiv(ring.capacity, splits), block) * block
     keys = torch.empty(splits, batch, heads, dtype=torch.int64, device=q.device)
+    found = torch.empty(splits, batch, heads, dtype=torch.float32, device=q.device)
     early = dependent_launch(q.device)
     _scan[(batch * heads, splits)](
-        q, ring.q, ring.lse, ring.depth, position, keys,
+        q, ring.q, ring.lse, ring.depth, position, keys, found,
         shift, radius, max(oldest, 0), 0 if max_chain is None else max_chain, min_context, heads, ring.capacity, share,
         dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, num_warps=4, **launch_options(early),
     )  # fmt: skip
-    return keys
+    return keys, found
 
 
 def match(
@@ -138,7 +155,7 @@ def match(
         return Match(slot, source, distance, hit)
     early = dependent_launch(q.device)
     with on_device(q):
-        keys = scan(q, ring, position, 0, radius, oldest, max_chain, min_context)
+        keys, _ = scan(q, ring, position, 0, radius, oldest, max_chain, min_context)
         _report[(triton.cdiv(rows, 128),)](
             keys, position, slot, source, distance, hit, radius, shape[1], rows, ring.capacity,
             SPLITS=keys.shape[0], BLOCK=128, EARLY=early, **launch_options(early),

@@ -1,13 +1,15 @@
 """Which keys every head reads, as seen by a kernel, and how that work is shared out.
 
-An item is one span of one (request, KV head): item = (request * Hkv + KV head) * S + span. Its tiles of BLOCK keys start at the
-smallest start of the heads in the group. All tiles of all items, in order, are cut into equal shares, one per program (stream-K), so
-every mix of long and short items balances. Nothing is scheduled on the host: each program sums the tile counts itself.
+An item is one contiguous read of one (request, KV head): item = (request * Hkv + KV head) * COUNT + span. Its tiles of BLOCK keys start
+at the smallest start of its columns. All tiles of all items, in order, are cut into equal shares, one per program (stream-K), so every
+mix of long and short items balances. Nothing is scheduled on the host: each program sums the tile counts itself.
 
-Where spans come from (SOURCE):
-    FULL   [0, length), S = 1
-    SPANS  a tensor int32 [S, 2, B, Hq]
-    MAC    packed matches: before the band [start, edge), band [edge, length), sinks [0, front); S = 2, or 3 with sinks
+A column is one softmax of one query head with its own [start, stop): SIDES * group columns share the read of an item.
+Where the bounds come from (SOURCE):
+    FULL   [0, length): COUNT = SIDES = 1
+    SPANS  a tensor int32 [COUNT, 2, B, Hq], SIDES = 1
+    MAC    packed matches, SIDES = 2: the keys before the band [start, edge) and the band [edge, length) come from the same read;
+           with sinks, COUNT = 2 and the second item is [0, front), on side 1
 """
 
 import triton
@@ -30,7 +32,7 @@ def mac_limits(length, band, sink):
 
 @triton.jit
 def mac_start(key, length, front, radius, band, capacity):
-    """(start of the fresh read, slot, looked up, hit) from a packed match."""
+    """(start of the fresh read, slot, looked up, hit) from a packed match. The start is never behind the edge."""
     distance, slot, full = unpack(key)
     looked_up = distance < radius
     hit = looked_up & full
@@ -39,10 +41,13 @@ def mac_start(key, length, front, radius, band, capacity):
 
 @triton.jit
 def bounds(
-    span, request, head, known, wanted, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
-    SOURCE: tl.constexpr, SPLITS: tl.constexpr,
+    span, side, request, head, known, wanted, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+    heads: tl.constexpr, capacity: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """(start, stop) of a span of some heads. ``span``, ``request`` and the mask ``known`` [n, 1] or [1]; ``head`` and ``wanted`` [n, g] or [g]."""
+    """(start, stop) of columns; side -1 is both sides of MAC together.
+
+    ``span``, ``request`` and the mask ``known`` are scalars or [n, 1]; ``side``, ``head`` and the mask ``wanted`` [g] or [n, g].
+    """
     if SOURCE == SPANS:
         at = (span * 2 * batch + request) * heads + head
         start = tl.load(spans_ptr + at, mask=wanted, other=0)
@@ -53,17 +58,18 @@ def bounds(
         stop = start + length
         if SOURCE == MAC:
             front, edge = mac_limits(length, band, sink)
-            key = nearest(keys_ptr, request * heads + head, wanted & (span == 0), batch * heads, SPLITS)
+            key = nearest(keys_ptr, request * heads + head, wanted & (side < 1) & (span == 0), batch * heads, SPLITS)
             first = mac_start(key, length, front, radius, band, capacity)[0]
-            start += tl.where(span == 0, first, tl.where(span == 1, edge, 0))
-            stop = tl.where(span == 0, edge, tl.where(span == 1, stop, front))
+            start += tl.where(span == 0, tl.where(side < 1, first, edge), 0)
+            stop = tl.where(span == 0, tl.where(side == 0, edge, stop), tl.where(side == 0, 0, front))
     return tl.maximum(start, 0), tl.where(wanted, stop, 0)
 
 
 @triton.jit
 def tiles(
-    item, items, lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
-    group: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
+    item, items, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+    heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    SOURCE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Tile counts int32 [n] of the items [n]; 0 from ``items`` on."""
     row = tl.arange(0, HEADS)[None, :]
@@ -72,8 +78,8 @@ def tiles(
     kv_heads = heads // group
     request, head = unit // kv_heads, (unit % kv_heads) * group + row
     start, stop = bounds(
-        span, request, head, known, known & (row < group), lengths_ptr, spans_ptr, keys_ptr, batch, heads, radius, capacity, band, sink,
-        SOURCE=SOURCE, SPLITS=SPLITS,
+        span, tl.zeros_like(row) - 1, request, head, known, known & (row < group), lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
+        heads=heads, capacity=capacity, SOURCE=SOURCE, SPLITS=SPLITS,
     )  # fmt: skip
     low, high = extent(start, stop)
     return tl.cdiv(high - low, BLOCK)
@@ -81,7 +87,7 @@ def tiles(
 
 @triton.jit
 def extent(start, stop):
-    """[low, high) around the non-empty ranges of a group, over the last axis; (0, 0) if all are empty."""
+    """[low, high) around the non-empty ranges of the last axis; (0, 0) if all are empty."""
     low = tl.min(tl.where(stop > start, start, FAR), axis=-1)
     high = tl.max(tl.where(stop > start, stop, 0), axis=-1)
     return tl.minimum(low, high), high

@@ -44,6 +44,8 @@ class ApiJudge:
         for key in ("parallel", "per_minute", "tries", "max_tokens"):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ConfigError(f"judge.{key}", getattr(self, key), "must be an integer of at least 1")
+        if not isinstance(self.timeout, int | float) or not self.timeout > 0:
+            raise ConfigError("judge.timeout", self.timeout, "must be a number of seconds above 0")
         if not str(self.base_url).startswith(("http://", "https://")):
             raise ConfigError("judge.base_url", self.base_url, "must be an http or https address, such as http://localhost:8000/v1")
         self._lock, self._next = threading.Lock(), 0.0

@@ -10,10 +10,8 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
-from macbench.errors import ConfigError
+from macbench import settings
 from macbench.files import write_whole
 from macbench.judging.base import Judge, Verdict
 from macbench.judging.cache import Answers
@@ -25,15 +23,7 @@ _SHOWN = ("method", "variant", "scenario", "texts", "completion", "stic_1", "sti
 
 def build(node) -> Judge | None:
     """The judge of a ``conf/judge`` node; None for judge=none."""
-    params = OmegaConf.to_container(node, resolve=True)
-    target = params.pop("_target_", None)
-    params.pop("name", None)
-    if target is None:
-        return None
-    try:
-        return get_class(target)(**params)
-    except (ImportError, TypeError) as error:
-        raise ConfigError("judge", target, f"cannot be built: {error}") from error
+    return settings.build(node, "judge") if "_target_" in node else None
 
 
 def prepare(node) -> None:

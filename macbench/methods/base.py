@@ -41,6 +41,10 @@ class Method:
         """How many of the prompt's last queries ``after_prefill`` needs."""
         return 0
 
+    def caution(self, ctx: int) -> str | None:
+        """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
+        return None
+
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generation and prepare for one of this shape."""
         self.shape, self.kernels, self.ledger = shape, kernels, ledger

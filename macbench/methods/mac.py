@@ -59,6 +59,10 @@ class MAC(Method):
     def prompt_queries(self):
         return self.window
 
+    def caution(self, ctx):
+        if ctx < self.min_context:
+            return f"mac matches nothing below method.min_context={self.min_context} tokens; ctx={ctx} runs as full attention"
+
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
         radius = self.tau * math.sqrt(2 * shape.head_dim)

@@ -53,7 +53,7 @@ def max_context(spec) -> int:
     where = folder_or_id(spec)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # see load
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
@@ -64,16 +64,17 @@ def max_context(spec) -> int:
 def load(spec, device: str, chat: Chat) -> LoadedModel:
     """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()
     dtype = resolve_dtype(spec, device)
     where, options = folder_or_id(spec), _revision(spec)
     try:
         network = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a foreign or damaged folder makes transformers, safetensors or json raise
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
     network = network.eval().requires_grad_(False).to(device)
     try:
@@ -92,7 +93,7 @@ def load_chat(spec) -> Chat:
     where = folder_or_id(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_revision(spec))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # see load
         raise ConfigError("model.path", where, f"tokenizer cannot be loaded: {_first_line(error)}") from error
     return Chat(tokenizer, spec.template)
 
@@ -103,4 +104,4 @@ def _revision(spec) -> dict:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"{lines[0]} ({type(error).__name__})" if lines else type(error).__name__

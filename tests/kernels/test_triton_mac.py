@@ -219,3 +219,28 @@ def test_unsupported_input_is_one_line():
         with pytest.raises(UnsupportedError) as error:
             kernels("triton", DEVICE).mac_step(bad, bad, cache, 0, ring, MacParams(1.0, 4), 1.0)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_items_than_fit_in_one_look(dtype, monkeypatch):
+    """The prefix sum over all work is made in chunks once there are many requests."""
+    monkeypatch.setattr("macbench_kernels.triton_attend._PROLOGUE_ELEMENTS", 64)
+    lengths = [int(n) for n in torch.randint(0, 90, (40,), generator=torch.Generator().manual_seed(9))]
+    q_pre, q, cache, ring = problem(lengths, 1, 64, 16, dtype=dtype)
+    other, params = copied(ring), MacParams(4.0, 16)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125)
+    want = reference(q_pre, q, cache, 0, other, params, 0.125)
+    assert_same(step, ring, want, other, dtype, cache.lengths > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sink", [0, 30])
+def test_many_pieces_of_one_item(dtype, sink, monkeypatch):
+    """One program per tile, and fewer pieces loaded at once than there are."""
+    monkeypatch.setattr("macbench_kernels.triton_common._INTERPRETED_PROCESSORS", 40)
+    monkeypatch.setattr("macbench_kernels.triton_attend._MERGE_ELEMENTS", 32)
+    q_pre, q, cache, ring = problem([500], 2, 64, 32, kv_heads=1, dtype=dtype)
+    other, params = copied(ring), MacParams(4.0, 150, sink=sink)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125, block=64, occupancy=1)
+    want = reference(q_pre, q, cache, 0, other, params, 0.125)
+    assert_same(step, ring, want, other, dtype, cache.lengths > 0)

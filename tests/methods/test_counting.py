@@ -11,6 +11,7 @@ from macbench.methods.full import Full
 from macbench.methods.mac import MAC
 from tests.conftest import DEVICE
 from tests.methods.driver import Driver, Stream
+from tests.methods.test_mac import Simulation
 
 
 def mac(**settings) -> MAC:
@@ -22,7 +23,7 @@ METHODS = {
     "mac": mac,
     "mac sink": lambda: mac(sink=6),
     "mac chain": lambda: mac(max_chain=2),
-    "mac late": lambda: mac(min_context=110),
+    "mac late": lambda: mac(min_context=104),
 }
 
 
@@ -57,6 +58,11 @@ def test_union_of_random_spans_equals_sets():
                 assert physical[step, b] == sum(map(len, groups))
 
 
+def few(backend: str, steps: int) -> int:
+    """The interpreter takes a second per step."""
+    return steps if backend == "torch" or DEVICE == "cuda" else 8
+
+
 class Recorder:
     """Stands in for the ledger and remembers the spans."""
 
@@ -77,7 +83,7 @@ def test_poison_outside_the_reported_reads(method, backend):
     driver = Driver(method, stream, 100, backend)
     method.ledger = Recorder(driver.ledger)
     partial = 0
-    for _ in range(20):
+    for _ in range(few(backend, 20)):
         t = driver.grow()
         before = copy.deepcopy(getattr(method, "rings", []))
         args = (0, stream.q_pre[None, :, t], stream.q[None, :, t], driver.cache)
@@ -110,8 +116,8 @@ def test_poison_outside_the_reported_reads(method, backend):
         pool.v.copy_(clean[1])
     counts = driver.ledger.counts()
     if isinstance(method, MAC):
-        assert counts["hits"].sum() > 20
-        assert partial > 5
+        assert counts["hits"].sum() > 12
+        assert partial > 2
     else:
         assert partial == 0
 
@@ -134,15 +140,18 @@ def poisoned_ring(before, after, t, method, stream):
         for row in range(method.window):
             if row != keep:
                 ring.out[0, h, row] = float("nan")
+                ring.lse[0, h, row] = float("nan")
+                if method.max_chain is None:  # otherwise the scan reads every depth, and says so
+                    ring.depth[0, h, row] = -(10**6)
     return ring
 
 
 def test_closed_forms(method, backend):
-    """Sums over 30 steps equal what the definition says, worked out here from hits and sources alone."""
-    prompt, steps, heads, kv_heads, d = 100, 30, 6, 2, 64
+    """Sums over all steps equal what the definition says; which heads hit, and whom, comes from the float64 simulation of test_mac."""
+    prompt, steps, heads, kv_heads, d = 100, few(backend, 30), 6, 2, 64
     stream = Stream.random(prompt + steps, dtype=torch.float32, device=DEVICE)
     driver = Driver(method, stream, prompt, backend)
-    recorder = method.ledger = Recorder(driver.ledger)
+    simulation = Simulation(method, driver) if isinstance(method, MAC) else None
     want = dict.fromkeys(["tokens_log", "tokens_phys", "bytes_state", "bytes_write"], 0)
     for t in range(prompt, prompt + steps):
         driver.step()
@@ -152,17 +161,13 @@ def test_closed_forms(method, backend):
             want["tokens_log"] += heads * length
             want["tokens_phys"] += kv_heads * length
             continue
-        start = recorder.spans[0, 0, 0].tolist()
-        hits = [a > method.sink for a in start]
-        if method.sink:
-            reads = [length - a + method.sink if hit else length for a, hit in zip(start, hits, strict=True)]
-        else:
-            reads = [length - a for a in start]
+        _, sources = simulation.step(t)
+        reads = [t - (sources[h] + 1 - method.band) + 1 + method.sink if h in sources else length for h in range(heads)]
         want["tokens_log"] += sum(reads)
         want["tokens_phys"] += sum(max(reads[g * 3 : g * 3 + 3]) for g in range(kv_heads))
         scanned = min(t, method.window) if length >= method.min_context else 0
         row = 2 * d + (4 if method.max_chain is not None else 0)
-        want["bytes_state"] += heads * scanned * row + sum(hits) * (4 * d + 8)
+        want["bytes_state"] += heads * scanned * row + len(sources) * (4 * d + 8)
         want["bytes_write"] += heads * (2 * d + 4 * d + 8)
     counts = {name: int(values.sum()) for name, values in driver.ledger.counts().items()}
     for name, value in want.items():

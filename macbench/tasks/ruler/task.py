@@ -63,6 +63,10 @@ class Ruler:
     ):
         if not isinstance(ctx, int) or ctx < 1:
             raise ConfigError("ctx", ctx, "must be a positive number of tokens")
+        if not isinstance(subtasks, str | list | tuple | None):
+            raise ConfigError("task.subtasks", subtasks, f"must be a list of some of {', '.join(protocol.SUBTASKS)}")
+        if not isinstance(data_path, str | None):
+            raise ConfigError("task.data_path", data_path, "must be a folder")
         wanted = [subtasks] if isinstance(subtasks, str) else list(protocol.SUBTASKS if subtasks is None else subtasks)
         if not wanted:
             raise ConfigError("task.subtasks", "[]", f"must name some of {', '.join(protocol.SUBTASKS)}")

@@ -1,0 +1,98 @@
+"""From the composed configuration to checked values and objects; every mistake is a ConfigError that names its key."""
+
+import importlib
+import re
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from macbench import cli
+from macbench.errors import ConfigError, choose
+from macbench.methods.base import Method
+
+# Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
+MOST_EXAMPLES = 100_000
+
+
+@dataclass
+class Variant:
+    """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one)."""
+
+    name: str
+    label: str
+    method: Method
+
+
+def check(cfg: DictConfig) -> None:
+    """Types and ranges of everything that is not checked by whom it configures."""
+    for group in ("method", "task", "model", "judge", "logger"):
+        name = OmegaConf.select(cfg, f"{group}.name")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"{group}.name", name, f"must be a plain name; {group} is one of {', '.join(cli.options(group))}")
+    for key, low, high in (
+        ("limit", 1, MOST_EXAMPLES),
+        ("seed", 0, 2**63 - 1),
+        ("engine.page_size", 1, 2**16),
+        ("engine.prefill_chunk", 1, 2**31 - 1),
+    ):
+        value = _select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
+    _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
+    _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
+    _expect(cfg, "backend", "auto, torch or triton", lambda v: isinstance(v, str))
+    _expect(cfg, "grid", "parameters with lists of values: grid.tau=[0.3,0.45]", OmegaConf.is_dict)
+    _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
+    for key in ("path", "gguf", "revision"):
+        _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or isinstance(v, str))
+
+
+def _select(cfg: DictConfig, key: str) -> Any:
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return node.get(leaf) if OmegaConf.is_dict(node) else None
+
+
+def _expect(cfg: DictConfig, key: str, allowed: str, holds) -> None:
+    value = _select(cfg, key)
+    if not holds(value):
+        raise ConfigError(key, value, f"must be {allowed}")
+
+
+def build_variants(cfg: DictConfig) -> list[Variant]:
+    """The method (one variant per point of ``grid``), then those of ``compare`` that are not the method itself."""
+    grid = {key: list(value) if OmegaConf.is_list(value) else [value] for key, value in cfg.grid.items()}
+    for key, values in grid.items():
+        choose(f"grid.{key}", key, [k for k in cfg.method if k not in ("_target_", "name")])
+        if not values:
+            raise ConfigError(f"grid.{key}", "[]", "must list at least one value")
+    variants = []
+    for point in product(*grid.values()):
+        chosen = dict(zip(grid, point, strict=True))
+        label = " ".join(f"{key}={value}" for key, value in chosen.items())
+        variants.append(Variant(cfg.method.name, label, build(OmegaConf.merge(cfg.method, chosen), "method", Method)))
+    for name in [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare):
+        node = cli.load_option("method", choose("compare", str(name), cli.options("method")))
+        if node.name not in {v.name for v in variants}:
+            variants.append(Variant(node.name, "", build(node, "method", Method)))
+    return variants
+
+
+def build(node: DictConfig, key: str, kind: type = object, **extra):
+    """Instantiate a node's ``_target_``, a subclass of ``kind``, with its other keys but ``name``."""
+    params = OmegaConf.to_container(node, resolve=True)
+    target = params.pop("_target_", None)
+    params.pop("name", None)
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_", target, f"cannot be imported ({error})") from error
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise ConfigError(f"{key}._target_", target, f"must be a class{f' derived from {kind.__name__}' if kind is not object else ''}")
+    try:
+        return found(**params, **extra)
+    except TypeError as error:
+        raise ConfigError(key, target, f"cannot be built: {error}") from error

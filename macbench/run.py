@@ -54,7 +54,6 @@ def run(cfg: DictConfig) -> int:
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
     todo = pending(task, cfg.limit, variants, directory.done())
-    print(protocol_card(task.protocol()), file=sys.stderr)
     for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
@@ -210,6 +209,7 @@ def report(directory: RunDirectory, task: Task, limit: int, variants: list[Varia
     samples = asked(directory, task, limit, variants)
     table = summarise(samples)
     directory.write_text("summary.json", table.to_json(orient="records", indent=1))
+    print(protocol_card(task.protocol()), file=sys.stderr)
     print(format_table(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
     if (samples.decode_steps > DRIFT_WINDOW).any():

@@ -76,7 +76,7 @@ class Keeper(Protocol):
 class Engine:
     """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass."""
 
-    def __init__(self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 2048):
+    def __init__(self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096):
         self.network, self.kernels, self.ctx, self.chunk = network, kernels, ctx, chunk
         self.shape = attention_shape(network)
         s = self.shape

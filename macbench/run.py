@@ -39,6 +39,8 @@ DRIFT_WINDOW = 1000
 def run(cfg: DictConfig) -> int:
     """One job. Returns the exit code: 0, or 1 if an example failed."""
     settings.check(cfg)
+    if cfg.task.name == "attention":
+        return run_attention(cfg)
     ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
@@ -78,6 +80,18 @@ def run(cfg: DictConfig) -> int:
     if unjudged:
         print(f"macbench: {unjudged} check(s) could not be judged; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
     return 1 if failed or unjudged else 0
+
+
+def run_attention(cfg: DictConfig) -> int:
+    """``task=attention``: no model and no prompts, the kernels alone on synthetic tensors."""
+    from macbench.attention.command import run as measure
+
+    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
+    if cfg.batch is not None:
+        task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch
+    contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+    device = "cuda" if cfg.device == "auto" else cfg.device
+    return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
 
 
 def _kernels(backend: str, device: str):

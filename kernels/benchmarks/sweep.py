@@ -52,7 +52,6 @@ def full(cells, variants) -> None:
                 f"full {heads} b={batch} {ctx} {variant}", problem.cell.cache_bytes,
                 lambda layer, v=variant, p=problem: triton_attend.attend_full(p.q[layer], p.cache, layer, p.cell.scale, p.cell.dtype, **v), layers,
             )  # fmt: skip
-        del problem
 
 
 def mac(cells, variants, rates=(1.0,), early=(True, False)) -> None:
@@ -78,7 +77,6 @@ def mac(cells, variants, rates=(1.0,), early=(True, False)) -> None:
                         ),
                         layers, before=lambda i: inputs.copy_(stream.queries[i]),
                     )  # fmt: skip
-        del problem, rings, stream
 
 
 def parts(cells) -> None:
@@ -104,7 +102,6 @@ def parts(cells) -> None:
             with mock.patch.object(triton_match, "PROGRAMS_PER_PROCESSOR", split):
                 attempt(f"scan       {heads} b={batch} programs per processor {split}", cell.hit_bytes, scan, layers)
         attempt(f"scan+share {heads} b={batch}", cell.hit_bytes, two, layers)
-        del problem, rings, stream
 
 
 def main(what: list[str]) -> None:
@@ -137,7 +134,6 @@ def main(what: list[str]) -> None:
             for step in range(2):
                 params = MacParams(cell.tau * (2 * cell.head_dim) ** 0.5, cell.band)
                 triton_mac.mac_step(stream.queries[step, 0], problem.q[0], problem.cache, 0, stream.rings[0], params, cell.scale)
-            del problem, stream
 
 
 if __name__ == "__main__":

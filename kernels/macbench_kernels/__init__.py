@@ -6,7 +6,7 @@ It knows tensors only; no models, tasks, configuration or files.
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
-from macbench_kernels.ring import Match, Ring
+from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.state import State, empty_state, merge
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "empty_state",
     "kernels",
     "merge",
+    "scanned_rows",
 ]

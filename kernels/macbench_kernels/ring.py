@@ -87,3 +87,8 @@ def slot_positions(position: torch.Tensor, capacity: int) -> torch.Tensor:
     last = position[:, None] - 1
     rows = torch.arange(capacity, device=position.device)[None]
     return last - (last - rows) % capacity
+
+
+def scanned_rows(position: torch.Tensor, capacity: int, min_context: int) -> torch.Tensor:
+    """How many rows a match at ``position`` reads, int [batch]: those that were written, or none below ``min_context`` visible tokens."""
+    return position.clamp(max=capacity) * (position + 1 >= min_context)

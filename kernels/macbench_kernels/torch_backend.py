@@ -6,7 +6,7 @@ It touches exactly the rows it is asked for. Bounds are read on the host, so on 
 import torch
 
 from macbench_kernels.cache import PagedKVCache
-from macbench_kernels.ring import Match, Ring, slot_positions
+from macbench_kernels.ring import Match, Ring, scanned_rows, slot_positions
 from macbench_kernels.state import State, empty_state, merge
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -97,7 +97,7 @@ def match(
     """
     held = slot_positions(position, ring.capacity)
     tried = position + 1 >= min_context
-    rows = min(ring.capacity, int((position * tried).max()))
+    rows = int(scanned_rows(position, ring.capacity, min_context).max())
     if rows == 0:
         none = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
         return Match(none, none.int() - 1, torch.full(q.shape[:2], float("inf"), dtype=_precise(q.dtype), device=q.device), none.bool())

@@ -16,7 +16,7 @@ from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent,
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
-_MANY_UNITS = 64
+_MANY_UNITS = 32
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -46,7 +46,7 @@ def _tile_loop(
         page_id = tl.load(table_ptr + key // page, mask=needed, other=0).to(tl.int64)
         offset = ((page_id * page + key % page) * dim)[:, None] + channel
         inside = needed[:, None]
-        if DIM != dim:
+        if dim != DIM:
             inside = inside & (channel < dim)
         k = tl.load(k_ptr + offset, mask=inside, other=0.0)
         score = tl.dot(k, q, input_precision="ieee") * scale
@@ -227,9 +227,7 @@ def _merge_pieces(
     before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
     first, count = piece_range(before, upto, 0, whole, programs)
     lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
-    top, total, acc = gather_pieces(
-        lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES
-    )
+    top, total, acc = gather_pieces(lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
     norm, lse = finish(top, total)
     target = span * rows + at
     if tl.program_id(1) == 0:

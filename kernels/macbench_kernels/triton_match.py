@@ -48,7 +48,7 @@ def _scan(
         if CHAIN:
             eligible = eligible & (tl.load(depth_ptr + base + slot, mask=written, other=0) < max_chain)
         inside = written[:, None]
-        if DIM != dim:
+        if dim != DIM:
             inside = inside & (channel < dim)[None, :]
         old = tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
         gap = old.to(tl.float32) - q[None, :]

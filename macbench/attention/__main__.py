@@ -1,4 +1,8 @@
-"""The attention benchmark without Hydra: python -m macbench.attention '{"heads": ["32/8"], "batch": [1, 16], "ctx": [32768]}' [FILE.parquet]"""
+"""The attention benchmark without Hydra: arguments of ``measure`` as JSON, or the name of a preset.
+
+python -m macbench.attention '{"heads": ["32/8"], "batch": [1, 16], "ctx": [32768]}' [FILE.parquet]
+python -m macbench.attention reach runs/reference/h100/attention/reach.parquet
+"""
 
 import json
 import platform
@@ -10,6 +14,16 @@ import torch
 
 from macbench.attention import table
 from macbench.attention.bench import NoGPU, measure
+
+_PEERS = ["flashinfer", "flashinfer_tc", "triton"]
+PRESETS = {
+    # Full attention and MAC at all hit rates; ctx 32K and 127K.
+    "reach": {"heads": ["32/8", "32/4"], "batch": [1, 16, 64], "ctx": [32 << 10, 127 << 10], "backends": _PEERS, "steps": 25},
+    # What larger rings cost.
+    "rings": {"batch": [1, 16, 64], "ctx": [32 << 10], "backends": [], "window": [512, 1024, 2048], "hit_rate": [0, 1], "steps": 20},
+    # Launches by the host instead of graph replay.
+    "eager": {"batch": [1, 16], "ctx": [32 << 10], "backends": _PEERS, "modes": ["eager"], "hit_rate": [0, 1], "steps": 20},
+}
 
 
 def facts(device: str) -> dict:
@@ -24,7 +38,7 @@ def facts(device: str) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    config = json.loads(argv[0]) if argv else {}
+    config = PRESETS[argv[0]] if argv and argv[0] in PRESETS else json.loads(argv[0]) if argv else {}
     print(table.HEADER, flush=True)
     try:
         rows = measure(**config, say=lambda row: print(table.line(row), flush=True))

@@ -67,8 +67,9 @@ def measure(
         q_heads, kv_heads = map(int, str(pair).split("/"))
         for size in batch:
             for length in ctx:
-                cell = Cell(q_heads, kv_heads, size, length, head_dim, page_size, tuple(window)[0], band, tau, max_gap, _DTYPES[dtype], scattered)
-                for row in _cell(cell, tuple(window), tuple(hit_rate), tuple(misses), tuple(backends), tuple(modes), mac, steps, device, seed):
+                windows = tuple(window)
+                cell = Cell(q_heads, kv_heads, size, length, head_dim, page_size, windows[0], band, tau, max_gap, _DTYPES[dtype], scattered)
+                for row in _cell(cell, windows, tuple(hit_rate), tuple(misses), tuple(backends), tuple(modes), mac, steps, device, seed):
                     row |= _derived(row, ceiling)
                     rows.append(row)
                     say(row)
@@ -103,7 +104,8 @@ def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device,
                         problem.rewind()
                         stream = Stream(problem, rate, pattern, rings)
                     label = {"hit_rate": rate, "misses": pattern, "synthetic": True}
-                    yield _row(problem.cell, "mac", "torch" if device == "cpu" else "triton", mode, problem.layers) | label | _guard(_mac, problem, stream, mode)
+                    key = _row(problem.cell, "mac", "torch" if device == "cpu" else "triton", mode, problem.layers)
+                    yield key | label | _guard(_mac, problem, stream, mode)
 
 
 def _guard(function, *args) -> dict:

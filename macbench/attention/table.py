@@ -28,16 +28,16 @@ def write(rows: list[dict], path: Path, facts: dict) -> None:
 
 
 HEADER = (
-    f"{'heads':>6} {'batch':>5} {'ctx':>7} {'method':<20} {'K':>5} {'hit rate':<16} {'ms':>9} {'MB':>9} {'TB/s':>5} {'/floor':>6} {'/FI':>6} {'/ours':>6} "
-    f"{'even FI':>7} {'mode':<5}"
+    f"{'heads':>6} {'batch':>5} {'ctx':>7} {'method':<20} {'K':>5} {'hit rate':<20} {'ms':>9} {'MB':>9} {'TB/s':>5} "
+    f"{'/floor':>6} {'/FI':>6} {'/ours':>6} {'even FI':>7} {'mode':<5}"
 )
 
 
 def line(row: dict) -> str:
     """One row; a hit rate made by construction says so."""
-    label = "" if row["hit_rate"] is None else f"{row['hit_rate']:g} {row['misses'][:7]}" + (" syn" if row["synthetic"] else "")
+    label = "" if row["hit_rate"] is None else f"{row['hit_rate']:g} {row['misses'].replace('none', '')}".strip() + " syn." * row["synthetic"]
     name = f"{row['method']}:{row['backend']}"
-    key = f"{row['q_heads']:>3}/{row['kv_heads']:<2} {row['batch']:>5} {row['ctx']:>7} {name:<20} {row['window'] or '':>5} {label:<16} "
+    key = f"{row['q_heads']:>3}/{row['kv_heads']:<2} {row['batch']:>5} {row['ctx']:>7} {name:<20} {row['window'] or '':>5} {label:<20} "
     if row["error"]:
         return key + row["error"]
 
@@ -45,7 +45,7 @@ def line(row: dict) -> str:
         return " " * int(form.split(".")[0]) if value is None else format(value, form)
 
     scaled = [
-        (row["time_ms"], "9.4f"), (row["bytes_read"] / 1e6, "9.1f"), (row["bandwidth"] and row["bandwidth"] / 1e12, "5.2f"), (row["over_floor"], "6.2f"),
-        (row["over_flashinfer"], "6.2f"), (row["over_triton"], "6.2f"), (row["break_even_flashinfer"], "7.2f"),
+        (row["time_ms"], "9.4f"), (row["bytes_read"] / 1e6, "9.1f"), (row["bandwidth"] and row["bandwidth"] / 1e12, "5.2f"),
+        (row["over_floor"], "6.2f"), (row["over_flashinfer"], "6.2f"), (row["over_triton"], "6.2f"), (row["break_even_flashinfer"], "7.2f"),
     ]  # fmt: skip
     return key + " ".join(show(*pair) for pair in scaled) + f" {row['mode']:<5}"

@@ -6,7 +6,7 @@ Yao, Jacobs, Krichene, Tanaka, Panda. arXiv:2604.00235, MLSys 2026. Public code 
 import math
 from dataclasses import dataclass
 
-from macbench_kernels import MacParams, Ring
+from macbench_kernels import MacParams, Ring, scanned_rows
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.methods.base import Method, is_int, require
@@ -83,7 +83,7 @@ class MAC(Method):
     def _report(self, layer, step, position):
         heads, dim = self.shape.q_heads, self.shape.head_dim
         row = dim * ELEMENT_BYTES + (4 if self.max_chain is not None else 0)
-        scanned = position.clamp(max=self.window) * (position + 1 >= self.min_context)
+        scanned = scanned_rows(position, self.window, self.min_context)
         record = dim * 4 + _RECORD_EXTRA_BYTES
         self.ledger.read(layer, step.spans)
         self.ledger.matched(layer, step.hit, step.chain)

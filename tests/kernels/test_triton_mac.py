@@ -143,8 +143,10 @@ def test_chained_steps_stay_with_the_reference(dtype):
     batch, kv_heads, group, dim, capacity, first = 2, 2, 4, 64, 24, 100
     heads, params, scale = kv_heads * group, MacParams(3.0, 16), 0.125
     k, v = (torch.randn(batch, kv_heads, first + steps, dim).to(dtype) for _ in range(2))
-    cache, exact = (filled_cache(x[0][:, :, :first].to(t), x[1][:, :, :first].to(t)) for x, t in (((k.to(DEVICE), v.to(DEVICE)), dtype), ((k, v), torch.float32)))
-    ring, exact_ring = Ring.create(batch, heads, capacity, dim, dtype, DEVICE), Ring.create(batch, heads, capacity, dim, torch.float32, "cpu")
+    cache = filled_cache(k[:, :, :first].to(DEVICE), v[:, :, :first].to(DEVICE))
+    exact = filled_cache(k[:, :, :first].float(), v[:, :, :first].float())
+    ring = Ring.create(batch, heads, capacity, dim, dtype, DEVICE)
+    exact_ring = Ring.create(batch, heads, capacity, dim, torch.float32, "cpu")
     pattern = torch.randn(batch, heads, 3, dim)
     reused = 0
     for t in range(steps):
@@ -214,7 +216,7 @@ def test_one_graph_serves_growing_lengths_and_changing_hits(dtype):
 
 
 def test_unsupported_input_is_one_line():
-    q_pre, q, cache, ring = problem([20], 2, 64, 8)
+    _, q, cache, ring = problem([20], 2, 64, 8)
     for bad in (q.double(), q[:, :3], q[..., :4]):
         with pytest.raises(UnsupportedError) as error:
             kernels("triton", DEVICE).mac_step(bad, bad, cache, 0, ring, MacParams(1.0, 4), 1.0)

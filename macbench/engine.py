@@ -3,9 +3,10 @@
 The prompt's KV is computed exactly and once; every method decodes on a fork of it that shares its pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from macbench_kernels import Kernels, PagedKVCache, PagePool
 from macbench.counting import Ledger, Shape
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
+from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
 _SPARE_PAGES = 4
@@ -40,6 +42,8 @@ class Generation:
 
     ``tokens``: generated ids, a stop token included. ``step_seconds``: float [steps], the first token comes from prefill and is no step.
     ``counts``: int64 [steps, layers, 1] by name of ``counting.COUNTS``. ``setup_seconds``: the method's own work after prefill.
+    ``positions``: int64 [steps], the 0-based position of the token that each step processed. ``finish_reason``: stop, length, or
+    unfinished while it is still being made.
     """
 
     tokens: list[int]
@@ -47,6 +51,26 @@ class Generation:
     step_seconds: np.ndarray
     setup_seconds: float
     counts: dict[str, np.ndarray]
+    positions: np.ndarray
+
+    def then(self, later: "Generation") -> "Generation":
+        """Both as one: tokens and steps one after the other, times and counts add up."""
+        return Generation(
+            self.tokens + later.tokens,
+            later.finish_reason,
+            np.concatenate([self.step_seconds, later.step_seconds]),
+            self.setup_seconds + later.setup_seconds,
+            {name: np.concatenate([counts, later.counts[name]]) for name, counts in self.counts.items()},
+            np.concatenate([self.positions, later.positions]),
+        )
+
+
+class Keeper(Protocol):
+    """Gets what has been generated so far, every ``every`` decode steps."""
+
+    every: int
+
+    def save(self, generation: Generation) -> None: ...
 
 
 class Engine:
@@ -94,12 +118,21 @@ class Engine:
         max_new_tokens: int,
         stop_ids: frozenset[int] = frozenset(),
         progress: Callable[[int], None] = lambda tokens: None,
+        sampler: Callable[[torch.Tensor], int] = greedy,
+        ended: Callable[[list[int]], bool] = lambda tokens: False,
+        start: Sequence[int] = (),
+        keeper: Keeper | None = None,
     ) -> Generation:
-        """Greedy decoding on a fork of the prompt, until a stop token or ``max_new_tokens``."""
+        """Decoding on a fork of the prompt, until a stop token, until ``ended(tokens)``, or until there are ``max_new_tokens``.
+
+        ``start``: tokens that were generated earlier, all but the last of them part of ``prompt``; they count as generated, and the
+        result begins with them, but its steps are those made here.
+        """
         ledger = Ledger(self.shape)
         cache = prompt.cache.fork()
+        first = cache.host_lengths[0]
         try:
-            cache.reserve(max_new_tokens)
+            cache.reserve(max_new_tokens - len(start) + bool(start))
             began = self._now()
             method.begin(self.shape, self.kernels, ledger)
             for layer, queries in enumerate(prompt.queries):
@@ -110,21 +143,26 @@ class Engine:
                 cache.append(layer, k, v)
                 return method.attend(layer, q_pre[:, :, 0], q[:, :, 0], cache)[:, :, None]
 
-            tokens, seconds = [prompt.first_token], []
+            tokens, seconds = list(start) or [sampler(prompt.logits)], []
+
+            def so_far(reason: str) -> Generation:
+                return Generation(list(tokens), reason, np.array(seconds), setup, ledger.counts(), first + np.arange(len(seconds)))
+
             with intercept(self.network, attend):
-                while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids:
+                while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids and not ended(tokens):
                     ledger.begin_step([n + 1 for n in cache.host_lengths])  # its own work is not part of a step's time
                     began = perf_counter()
                     cache.extend(1)
                     last = torch.tensor([[tokens[-1]]], device=self.shape.device)
                     logits = self._forward(last, cache.lengths[:, None].long() - 1)
-                    tokens.append(int(logits.argmax()))
+                    tokens.append(sampler(logits))
                     seconds.append(perf_counter() - began)
                     progress(1)
+                    if keeper is not None and len(seconds) % keeper.every == 0:
+                        keeper.save(so_far("unfinished"))
         finally:
             cache.free()
-        reason = "stop" if tokens[-1] in stop_ids else "length"
-        return Generation(tokens, reason, np.array(seconds), setup, ledger.counts())
+        return so_far("stop" if tokens[-1] in stop_ids or ended(tokens) else "length")
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [vocab] of the last token in float32."""

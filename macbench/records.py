@@ -12,7 +12,6 @@ example is written last: an example counts as done when it is there, and a rerun
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
+from macbench.files import write_whole
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
 _COUNTS = [
@@ -55,6 +55,7 @@ SCHEMAS = {
             ("first_divergence", pa.int64()),
             ("top1_agreement", pa.float64()),
             ("kl_mean", pa.float64()),
+            ("meta", pa.string()),  # JSON: what the task knows of the example, and texts of earlier calls
             ("error", pa.string()),
         ]
     ),
@@ -112,11 +113,7 @@ class RunDirectory:
 
     def _whole(self, target: Path, write) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, target)
+            write_whole(target, write)
         except OSError as error:
             raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
 

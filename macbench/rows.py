@@ -42,10 +42,10 @@ def sample_columns(generation: Generation) -> dict:
     }
 
 
-def step_rows(generation: Generation, key: dict, prompt_tokens: int) -> list[dict]:
+def step_rows(generation: Generation, key: dict) -> list[dict]:
     """A row per decode step; ``position`` is the 0-based position of the token that the step processes."""
     return [
-        {**key, "step": i, "position": prompt_tokens + i, "latency_ms": 1e3 * float(generation.step_seconds[i]), **_columns(sums, True)}
+        {**key, "step": i, "position": int(generation.positions[i]), "latency_ms": 1e3 * float(generation.step_seconds[i]), **_columns(sums, True)}
         for i, sums in enumerate(_summed(generation.counts, (1, 2)))
     ]
 

@@ -3,6 +3,7 @@
 python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,25 +12,28 @@ from time import time
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
-from macbench_kernels import OutOfPages, UnsupportedError, kernels
+from macbench_kernels import UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import cli, environment, loggers, settings
+from macbench import cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
 from macbench.errors import ConfigError
+from macbench.generate import Answer, answers
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import format_table, summarise
-from macbench.tasks.base import Example, Task
+from macbench.summary import drift, format_frame, format_table, summarise
+from macbench.tasks.base import Example, Task, count
 
 # Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
-OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device")
-LOCATION_KEYS = ("data_path",)
-_EXAMPLE_ERRORS = (RuntimeError, OutOfPages, MemoryError)
+# Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
+OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device", "judge")
+LOCATION_KEYS = ("data_path", "data_sha256")
+# Generated tokens per row of the table that shows drift over long generations.
+DRIFT_WINDOW = 1000
 
 
 def run(cfg: DictConfig) -> int:
@@ -46,8 +50,10 @@ def run(cfg: DictConfig) -> int:
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     for subtask in task.subtasks:
-        task.example(subtask, cfg.limit - 1)  # missing data or too small a ctx shows now, not after an hour
+        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
 
+    if hasattr(task, "checks"):
+        judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
     todo = pending(task, cfg.limit, variants, directory.done())
     for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
@@ -66,9 +72,14 @@ def run(cfg: DictConfig) -> int:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
+    unjudged = 0
+    if hasattr(task, "checks"):
+        unjudged = judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device)
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
-    return 1 if failed else 0
+    if unjudged:
+        print(f"macbench: {unjudged} check(s) could not be judged; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
+    return 1 if failed or unjudged else 0
 
 
 def run_attention(cfg: DictConfig) -> int:
@@ -120,7 +131,7 @@ def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -
     def missing(subtask: str, index: int) -> bool:
         return any((v.name, v.label, subtask, str(index)) not in done for v in variants)
 
-    return {subtask: [i for i in range(limit) if missing(subtask, i)] for subtask in task.subtasks}
+    return {subtask: [i for i in range(count(task, subtask, limit)) if missing(subtask, i)] for subtask in task.subtasks}
 
 
 def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log) -> None:
@@ -128,8 +139,9 @@ def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, dir
     with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
         for example in examples(task, todo):
             bar.set_description(example.subtask)
-            tables = evaluate_example(engine, model, task, variants, example, directory.run_id, bar)
+            tables = evaluate_example(engine, model, task, variants, example, directory, bar)
             directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
+            partial.clear(directory.path, example)
             log.example(tables["samples"])
             bar.update()
 
@@ -140,35 +152,27 @@ def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
             yield task.example(subtask, index)
 
 
-def evaluate_example(engine, model, task, variants: list[Variant], example: Example, run_id: str, bar) -> dict[str, list[dict]]:
-    """Prefill once, decode with every variant; the rows of the three tables. A failure becomes a row with ``error``."""
+def evaluate_example(engine, model, task, variants: list[Variant], example: Example, directory: RunDirectory, bar) -> dict[str, list[dict]]:
+    """Generate with every variant; the rows of the three tables. A failure becomes a row with ``error``."""
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
-    prompt, failure = None, None
-    try:
-        prompt = engine.prefill(example.input_ids, max(v.method.prompt_queries for v in variants), _rate(bar, "prefill"))
-    except _EXAMPLE_ERRORS as error:
-        failure = error
-    for i, variant in enumerate(variants):
-        key = {"run_id": run_id, "method": variant.name, "variant": variant.label, "subtask": example.subtask, "example_id": example.example_id}
+    made = answers(engine, model, task, variants, example, directory.path, lambda stage: _rate(bar, stage))
+    for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
+        key = {"run_id": directory.run_id, "method": variant.name, "variant": variant.label}
+        key |= {"subtask": example.subtask, "example_id": example.example_id}
         row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
-        try:
-            if prompt is None:
-                raise failure
-            result = engine.decode(prompt, variant.method, example.max_new_tokens, model.stop_ids, _rate(bar, variant.name))
-        except UnsupportedError as error:
-            raise ConfigError("backend", engine.kernels.name, str(error)) from error
-        except _EXAMPLE_ERRORS as error:
-            tables["samples"].append(row | {"error": _one_line(error)})
-            continue
-        texts[i] = result.tokens
-        text = model.chat.decode(result.tokens)
-        row |= {"text": text, "score": task.score(example, text), "prefill_s": prompt.seconds} | sample_columns(result)
-        tables["samples"].append(row)
-        tables["steps"] += step_rows(result, key, len(example.input_ids))
-        tables["layers"] += layer_rows(result, key)
-    if prompt is not None:
-        prompt.free()
+        meta = dict(example.meta)
+        if isinstance(answer, Answer):
+            texts[i] = answer.generation.tokens
+            meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
+            meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
+            row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
+            row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation)
+            tables["steps"] += step_rows(answer.generation, key)
+            tables["layers"] += layer_rows(answer.generation, key)
+        else:
+            row["error"] = _one_line(answer)
+        tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
     _mark_divergence(tables["samples"], variants, texts)
     return tables
 
@@ -199,24 +203,47 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{hint}"
 
 
-def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
-    """The final table of the examples that this command asked for, from parquet; printed and kept as summary.json."""
+def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
+    """Sample rows of the examples that this command asked for, in its order."""
     samples = read_table(directory.path, "samples")
-    wanted = {str(i) for i in range(limit)}
-    samples = samples[samples.subtask.isin(task.subtasks) & samples.example_id.isin(wanted)]
+    wanted = {(subtask, str(i)) for subtask in task.subtasks for i in range(count(task, subtask, limit))}
+    samples = samples[[pair in wanted for pair in zip(samples.subtask, samples.example_id, strict=True)]]
     order = {(v.name, v.label): i for i, v in enumerate(variants)}
     rank = [order.get(pair, len(order)) for pair in zip(samples.method, samples.variant, strict=True)]
     place = {subtask: i for i, subtask in enumerate(task.subtasks)}
-    samples = (
+    return (
         samples.assign(_rank=rank, _place=samples.subtask.map(place))
         .sort_values(["_rank", "_place"], kind="stable")
         .drop(columns=["_rank", "_place"])
     )
+
+
+def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
+    """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
+    samples = asked(directory, task, limit, variants)
     table = summarise(samples)
     directory.write_text("summary.json", table.to_json(orient="records", indent=1))
+    print(protocol_card(task.protocol()), file=sys.stderr)
     print(format_table(table))
+    more = task.tables(samples) if hasattr(task, "tables") else []
+    if (samples.decode_steps > DRIFT_WINDOW).any():
+        more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))
+    for title, frame in more:
+        print(f"\n{title}\n{format_frame(frame)}")
+    if more:
+        tables = {title: frame.to_dict("records") for title, frame in more}
+        directory.write_text("tables.json", json.dumps(tables, indent=1, default=float) + "\n")
     print(f"records: {directory.path}")
     return table
+
+
+def protocol_card(facts: dict) -> str:
+    """One line of what a reader must know to repeat the numbers; environment.json has all of it."""
+
+    def short(value: object) -> str:
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)
+
+    return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if not isinstance(value, dict | list))
 
 
 def _guarded(cfg: DictConfig) -> None:

@@ -27,7 +27,7 @@ class Variant:
 
 def check(cfg: DictConfig) -> None:
     """Types and ranges of everything that is not checked by whom it configures."""
-    for group in ("method", "task", "model", "logger"):
+    for group in ("method", "task", "model", "judge", "logger"):
         name = OmegaConf.select(cfg, f"{group}.name")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"{group}.name", name, f"must be a plain name; {group} is one of {', '.join(cli.options(group))}")

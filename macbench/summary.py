@@ -30,6 +30,35 @@ def summarise(samples: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.DataFrame:
+    """How access and speed change over a long generation: a row per method variant and ``window`` decode steps.
+
+    From step rows, of the examples in ``samples``. Ratios are ratios of sums; ``examples`` are those that got as far as this window.
+    """
+    keys = ["method", "variant", "subtask", "example_id"]
+    steps = steps.merge(samples[keys].drop_duplicates(), on=keys)
+    steps = steps.assign(first=steps.step // window * window)
+    rows = []
+    for (method, variant), mine in steps.groupby(["method", "variant"], sort=False):
+        for first, part in mine.groupby("first"):
+            sums = part[["tokens_log", "tokens_log_full", "tokens_phys", "tokens_phys_full", "bytes_full"]].sum()
+            rows.append(
+                {
+                    "method": method,
+                    "variant": variant,
+                    "tokens": f"{first}-{first + window}",
+                    "examples": part.groupby(["subtask", "example_id"]).ngroups,
+                    "hit_rate": part.hit_rate.mean(),  # every step of a matching method looks up the same number of heads
+                    "rho_log": sums.tokens_log / sums.tokens_log_full,
+                    "rho_phys": sums.tokens_phys / sums.tokens_phys_full,
+                    "rho_bytes": part[[f"bytes_{c}" for c in READ_CATEGORIES]].to_numpy().sum() / sums.bytes_full,
+                    "ms_per_token": part.latency_ms.mean(),
+                    "steps": len(part),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
     good = group[group.error.isna()]
     n = len(good)
@@ -74,4 +103,14 @@ def format_table(table: pd.DataFrame) -> str:
         shown = shown.drop(columns="variant")
     if (table.errors == 0).all():
         shown = shown.drop(columns="errors")
+    return shown.to_string(index=False)
+
+
+def format_frame(frame: pd.DataFrame) -> str:
+    """Plain text of a task's own table, scores in percent; a dash where nothing applies, no column of empty strings."""
+    shown = frame.loc[:, [c for c in frame if not (frame[c] == "").all()]].copy()
+    for column in shown:
+        if pd.api.types.is_float_dtype(shown[column]):
+            form = "{:.1f}" if column.startswith("score") else _FORMATS.get(column, "{:.1f}")
+            shown[column] = [form.format(x) if pd.notna(x) else "-" for x in shown[column]]
     return shown.to_string(index=False)

@@ -13,6 +13,7 @@ META_LLAMA3 = (
     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
 )
 TEMPLATES = ("chat", "base", "meta-llama3")
+_FEW = 8  # texts for which waking threads costs more than they save
 _SENTINEL = "\x00user\x00"
 
 
@@ -53,6 +54,15 @@ class Chat:
     def encode_piece(self, text: str) -> list[int]:
         """Token ids of a piece of a prompt: special tokens in the text are recognised, none is added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_pieces(self, texts: list[str]) -> list[list[int]]:
+        """``encode_piece`` of many texts; straight from the Rust tokenizer, where there is one, for half the time or less."""
+        rust = getattr(self.tokenizer, "backend_tokenizer", None)
+        if rust is None:
+            return [self.encode_piece(text) for text in texts]
+        if len(texts) < _FEW:
+            return [rust.encode(text, add_special_tokens=False).ids for text in texts]
+        return [encoding.ids for encoding in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt, with exactly one BOS if the tokenizer uses one."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from macbench.sampling import Sampling
+
 
 @dataclass(frozen=True)
 class Example:
@@ -10,7 +12,8 @@ class Example:
 
     ``prompt``: rendered text (chat template and answer prefix included). ``input_ids``: its tokens, one BOS.
     ``references``: accepted strings, what they mean is the task's scorer's business. ``max_new_tokens``: generation limit.
-    ``example_id`` is unique within a subtask and stable across runs.
+    ``example_id`` is unique within a subtask and stable across runs. ``sampling``: greedy unless a protocol says otherwise.
+    ``stop``: strings that end the answer and are no part of it. ``meta``: facts of the example, kept as JSON in its sample row.
     """
 
     subtask: str
@@ -20,10 +23,29 @@ class Example:
     references: list[str]
     max_new_tokens: int
     meta: dict = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to ask a judge about a text: does ``context`` include ``event``? ``prompt``: the benchmark's words for it."""
+
+    context: str
+    event: str
+    prompt: str
 
 
 class Task(Protocol):
-    """A benchmark. ``version`` changes whenever a prompt or a score can change."""
+    """A benchmark. ``version`` changes whenever a prompt or a score can change.
+
+    A task may also have any of these:
+    ``size(subtask) -> int``: how many examples there are, for a benchmark that has a last one.
+    ``follow_up(example, text) -> Example | None``: a second call whose prompt is made from the first answer; its text is what is scored.
+    ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run.
+    ``checks(samples)``, ``verdict(answer)``, ``judged(texts, checks)`` and ``official_judge``: questions for a judge about the texts of a
+    run and what becomes of the answers (see ``macbench/judging``); none of them needs an instance.
+    """
 
     name: str
     version: int
@@ -37,3 +59,8 @@ class Task(Protocol):
 
     def protocol(self) -> dict:
         """What a reader must know to repeat the numbers: template hash, lengths, data and its hash, version."""
+
+
+def count(task: Task, subtask: str, limit: int) -> int:
+    """How many examples of a subtask ``limit`` asks for."""
+    return min(limit, task.size(subtask)) if hasattr(task, "size") else limit

@@ -15,7 +15,6 @@ import numpy as np
 
 from macbench.models.chat import Chat
 
-_FEW = 8  # texts for which waking threads costs more than they save
 _WORD = re.compile(r" ?[^ ]+")
 _ODD_SPACE = re.compile(r" \s|\s ")  # a space beside other white space is no safe cut
 
@@ -52,19 +51,9 @@ def exact_cuts(chat: Chat) -> frozenset[str]:
     """The kinds of cut that hold for a tokenizer, tried on the texts of `CUTS`."""
 
     def adds_up(pieces: list[str]) -> bool:
-        return chat.encode_piece("".join(pieces)) == [token for ids in _encode_batch(chat, pieces) for token in ids]
+        return chat.encode_piece("".join(pieces)) == [token for ids in chat.encode_pieces(pieces) for token in ids]
 
     return frozenset(kind for kind, texts in CUTS.items() if all(map(adds_up, texts)))
-
-
-def _encode_batch(chat: Chat, texts: list[str]) -> list[list[int]]:
-    """``chat.encode_piece`` of many texts; straight from the Rust tokenizer, where there is one, for half the time or less."""
-    rust = getattr(chat.tokenizer, "backend_tokenizer", None)
-    if rust is None:
-        return [chat.encode_piece(text) for text in texts]
-    if len(texts) < _FEW:
-        return [rust.encode(text, add_special_tokens=False).ids for text in texts]
-    return [encoding.ids for encoding in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class Pieces:
@@ -85,7 +74,7 @@ class Pieces:
         self._ends = np.zeros(1 << 8, np.int64)  # entry i is _flat[_ends[i]:_ends[i + 1]]
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.array(_encode_batch(self.chat, [text])[0], np.int32)
+        return np.array(self.chat.encode_pieces([text])[0], np.int32)
 
     def add(self, texts: Iterable[str]) -> np.ndarray:
         """Entries of ``texts``, int64 [len(texts)]; unknown ones are tokenised, all in one batch."""
@@ -110,7 +99,7 @@ class Pieces:
         return np.arange(len(self._texts) - len(texts), len(self._texts))
 
     def _append(self, texts: list[str]) -> None:
-        encoded = _encode_batch(self.chat, texts)
+        encoded = self.chat.encode_pieces(texts)
         lengths = np.fromiter(map(len, encoded), np.int64, len(texts))
         self._store(texts, np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum()), lengths)
 

@@ -1,0 +1,102 @@
+"""Generations that are not finished yet, kept on disk so that an interruption costs a few hundred tokens and not an hour.
+
+    <run>/partial/<example>/<call>/part-00000.npz ...
+
+A part holds the tokens, times and counts of the steps since the part before, and is written whole. To go on, the engine prefills
+prompt + tokens and decodes from there. What differs from a generation that was never interrupted: prefill computes the K and V of
+generated tokens exactly and in chunks, so they agree with decoded ones to rounding under full attention, and MAC's ring is filled from
+exact states of the last queries, where an uninterrupted run would hold amended states (chains of reuse start again at depth 0). The
+sample row says so: ``meta.resumed_at`` lists the token counts at which a generation was taken up.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from macbench.counting import COUNTS
+from macbench.engine import Generation
+from macbench.files import write_whole
+from macbench.tasks.base import Example
+
+EVERY = 512  # decode steps between parts
+
+
+class Partial:
+    """One call of one variant on one example: ``every``, ``save`` (the engine's Keeper) and ``load``."""
+
+    def __init__(self, run: Path, method: str, variant: str, example: Example, every: int = EVERY):
+        self.every = every
+        call = _digest(method, variant, example.input_ids, example.max_new_tokens, repr(example.sampling))  # a follow-up has other ids
+        self.folder = example_folder(run, example) / call
+        self.earlier = self.load()
+        # Later parts are numbered and counted from here on.
+        self._parts = len(self._files())
+        self._tokens = len(self.earlier.tokens) if self.earlier else 0
+        self._steps = 0
+
+    def save(self, generation: Generation) -> None:
+        """Add what is new since the last ``save``. ``generation``: the engine's, whose steps begin where ``earlier`` ends."""
+        new = slice(self._steps, None)
+        arrays = {
+            "tokens": np.array(generation.tokens[self._tokens :], np.int64),
+            "seconds": generation.step_seconds[new],
+            "positions": generation.positions[new],
+            "setup": np.array(generation.setup_seconds if not self._steps else 0.0),
+            "reason": np.array(generation.finish_reason),
+        } | {name: generation.counts[name][new] for name in COUNTS}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / f"part-{self._parts:05}.npz", lambda file: np.savez_compressed(file, **arrays))
+        self._parts, self._tokens, self._steps = self._parts + 1, len(generation.tokens), len(generation.step_seconds)
+
+    def finish(self, generation: Generation) -> Generation:
+        """The whole generation, earlier steps included; kept as well if parts of it are, in case other variants are interrupted."""
+        if self._parts:
+            self.save(generation)
+        if self.earlier is None:
+            return generation
+        whole = Generation([], *_rest(self.earlier)).then(generation)
+        return whole
+
+    def load(self) -> Generation | None:
+        """What the parts on disk hold, or None. A part that cannot be read ends it: the ones before it are still good."""
+        whole = None
+        for file in self._files():
+            try:
+                with np.load(file, allow_pickle=False) as data:
+                    counts = {name: data[name] for name in COUNTS}
+                    tokens, seconds, positions = data["tokens"].tolist(), data["seconds"], data["positions"]
+                    part = Generation(tokens, str(data["reason"]), seconds, float(data["setup"]), counts, positions)
+            except (OSError, ValueError, KeyError, BadZipFile):
+                for bad in self._files()[self._files().index(file) :]:
+                    bad.unlink()
+                break
+            whole = part if whole is None else whole.then(part)
+        return whole
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.npz"))
+
+
+def example_folder(run: Path, example: Example) -> Path:
+    return run / "partial" / _digest(example.subtask, example.example_id)
+
+
+def clear(run: Path, example: Example) -> None:
+    """Forget the parts of an example whose rows are recorded."""
+    shutil.rmtree(example_folder(run, example), ignore_errors=True)
+    folder = run / "partial"
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _rest(generation: Generation) -> tuple:
+    """All fields but the tokens: those of later generations repeat the earlier tokens."""
+    return generation.finish_reason, generation.step_seconds, generation.setup_seconds, generation.counts, generation.positions
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -41,17 +41,15 @@ def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.
     rows = []
     for (method, variant), mine in steps.groupby(["method", "variant"], sort=False):
         for first, part in mine.groupby("first"):
-            sums = part[["tokens_log", "tokens_log_full", "tokens_phys", "tokens_phys_full", "bytes_full"]].sum()
+            # Every step of a matching method looks up the same number of heads, so the plain mean of hit rates is exact.
+            sums = {name: float(part[name].sum()) for name in TOTALS} | {"hits": part.hit_rate.sum(), "match_heads": part.hit_rate.count()}
             rows.append(
                 {
                     "method": method,
                     "variant": variant,
                     "tokens": f"{first}-{first + window}",
                     "examples": part.groupby(["subtask", "example_id"]).ngroups,
-                    "hit_rate": part.hit_rate.mean(),  # every step of a matching method looks up the same number of heads
-                    "rho_log": sums.tokens_log / sums.tokens_log_full,
-                    "rho_phys": sums.tokens_phys / sums.tokens_phys_full,
-                    "rho_bytes": part[[f"bytes_{c}" for c in READ_CATEGORIES]].to_numpy().sum() / sums.bytes_full,
+                    **ratios(sums),
                     "ms_per_token": part.latency_ms.mean(),
                     "steps": len(part),
                 }

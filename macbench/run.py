@@ -86,6 +86,7 @@ def run_attention(cfg: DictConfig) -> int:
     """``task=attention``: no model and no prompts, the kernels alone on synthetic tensors."""
     from macbench.attention.command import run as measure
 
+    settings.build_variants(cfg)  # the method's own checks of its knobs
     task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
     if cfg.batch is not None:
         task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch

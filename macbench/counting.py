@@ -11,7 +11,8 @@ Definitions (per request, decode step and layer; L visible tokens, the current o
   rho_bytes = sum (kv + meta + state + idx) / sum Hkv*L*2*d*2: ratios of sums over steps and layers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,13 +20,18 @@ import torch
 ELEMENT_BYTES = 2
 CATEGORIES = ("kv", "meta", "state", "idx", "write", "maint")
 READ_CATEGORIES = ("kv", "meta", "state", "idx")
-# Device buffers are reduced on the host after this many steps; nothing is read back in between.
+# Device buffers are reduced on the host after this many steps (fewer, if one of them grew beyond so many bytes); nothing is read back in between.
 _WINDOW = 256
+_WINDOW_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the attention that a method serves. ``scale`` multiplies q.k; ``dtype`` is that of queries and cache."""
+    """Sizes of the attention that a method serves. ``scale`` multiplies q.k; ``dtype`` is that of queries and cache.
+
+    ``max_tokens``: the most that a request ever sees, prompt and generated; buffers of a method are sized by it. ``rotate``: the model's
+    RoPE, x [..., n, d] and positions int [n] (negative ones undo it) -> [..., n, d].
+    """
 
     layers: int
     q_heads: int
@@ -35,6 +41,8 @@ class Shape:
     dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
     batch: int = 1
+    max_tokens: int = 0
+    rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def group(self) -> int:
@@ -64,70 +72,132 @@ def span_tokens(spans: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarra
 
 
 class Ledger:
-    """Collects the reads of one generation. Methods report in ``attend``; nothing here synchronises with the device before ``counts``."""
+    """Collects the reads of a batch of generations that decode in step.
+
+    A step is ``begin_step`` (host), any number of reports per layer (device; they only keep references), and ``end_step`` (device: adds the
+    reports up, for all layers at once). Reports and ``end_step`` never synchronise with the host and use the same memory in every step, so
+    that a CUDA graph may capture them; a replay is then ``begin_step`` and the replay. Every step must report the same things in the same order.
+    """
 
     def __init__(self, shape: Shape):
         self.shape = shape
-        self.step = -1
+        self._reports: dict[tuple, dict[int, torch.Tensor]] = {}
+        self._windows: dict[str, torch.Tensor] = {}
+        self._layers: dict[tuple[int, ...], torch.Tensor] = {}
+        self._at = torch.zeros(1, dtype=torch.int64, device=shape.device)
+        self._size = _WINDOW
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps; the buffers stay."""
         self._done: list[dict[str, np.ndarray]] = []
         self._lengths: list[list[int]] = []
-        self._clear()
-
-    def _clear(self) -> None:
-        s = self.shape
-        self._spans: torch.Tensor | None = None
-        self._bytes = {c: torch.zeros(_WINDOW, s.layers, s.batch, dtype=torch.int64, device=s.device) for c in CATEGORIES}
-        self._hits = torch.zeros(_WINDOW, s.layers, s.batch, s.q_heads, dtype=torch.bool, device=s.device)
-        self._depth = torch.zeros(_WINDOW, s.layers, s.batch, s.q_heads, dtype=torch.int32, device=s.device)
-        self._matching = False
+        self._steps = 0
+        self._at.zero_()
+        self._reports.clear()
 
     def begin_step(self, lengths: list[int]) -> None:
         """Open the accounts of a step in which request b sees ``lengths[b]`` tokens, the current one included."""
-        if self.step == _WINDOW - 1:
+        if self._steps == self._size:
             self._flush()
-        self.step += 1
+        self._steps += 1
         self._lengths.append(list(lengths))
 
     def read(self, layer: int, spans: torch.Tensor) -> None:
-        """K and V rows: the same spans int32 [S, 2, B, Hq] that ``kernels.attend`` gets."""
-        if self._spans is None:
-            s = self.shape
-            self._spans = torch.zeros(_WINDOW, s.layers, *spans.shape, dtype=torch.int32, device=spans.device)
-        self._spans[self.step, layer] = spans
+        """K and V rows: the same spans int32 [S, 2, B, Hq] that ``kernels.attend`` gets. At most once per layer and step."""
+        self._report(("spans",), layer, spans)
 
-    def add(self, layer: int, category: str, bytes_: torch.Tensor | int) -> None:
-        """Bytes of a category of ``CATEGORIES`` per request: int or int tensor [B]."""
-        self._bytes[category][self.step, layer] += bytes_
+    def add(self, layer: int, category: str, per: int, units: torch.Tensor | int = 1) -> None:
+        """``per`` bytes of a category of ``CATEGORIES`` for each of ``units``: an int, or an int or bool tensor [B, ...] that is summed per request."""
+        turn = sum(key[:2] == ("bytes", category) and layer in found for key, found in self._reports.items())
+        kind = tuple(units.shape) if isinstance(units, torch.Tensor) else units
+        self._report(("bytes", category, turn, per, kind), layer, units)
+
+    def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor) -> None:
+        """K and V rows that are not spans: tokens summed over query heads, and rows summed over KV heads (the union over a group); int [B, ...] each."""
+        self._report(("logical", tuple(logical.shape)), layer, logical)
+        self._report(("physical", tuple(physical.shape)), layer, physical)
 
     def matched(self, layer: int, hit: torch.Tensor, depth: torch.Tensor) -> None:
         """Reuse: hit bool [B, Hq], and chain depth int32 [B, Hq] of the entry that this step leaves behind."""
-        self._matching = True
-        self._hits[self.step, layer] = hit
-        self._depth[self.step, layer] = depth
+        self._report(("hits",), layer, hit)
+        self._report(("depth",), layer, depth)
+
+    def _report(self, key: tuple, layer: int, what) -> None:
+        layers = self._reports.setdefault(key, {})
+        if layer in layers:
+            raise ValueError(f"{key[0]} of layer {layer} reported twice in a step")
+        layers[layer] = what
+
+    def end_step(self) -> None:
+        """Close the accounts of the step; device work only."""
+        s = self.shape
+        sums = {c: torch.zeros(s.layers, s.batch, dtype=torch.int64, device=s.device) for c in (*CATEGORIES, "logical", "physical")}
+        for key, found in self._reports.items():
+            kind = key[0]
+            layers = tuple(found)
+            if kind in ("spans", "hits", "depth"):
+                self._keep(kind, layers, torch.stack(list(found.values())))
+                continue
+            target, per = (sums[key[1]], key[3]) if kind == "bytes" else (sums[kind], 1)
+            if isinstance(next(iter(found.values())), torch.Tensor):
+                units = torch.stack(list(found.values())).flatten(2) if len(key[-1]) > 1 else torch.stack(list(found.values()))[..., None]
+                amount = units.sum(-1, dtype=torch.int64) * per
+            else:
+                amount = key[4] * per
+            if len(layers) == s.layers:
+                target += amount  # reported in the order of the layers
+            else:
+                index = self._index(layers)
+                target.index_add_(0, index, amount if isinstance(amount, torch.Tensor) else torch.full_like(target[: len(layers)], amount))
+        for name, total in sums.items():
+            self._window(name, total).index_copy_(0, self._at, total[None])
+        self._at += 1
+        self._reports.clear()
+
+    def _keep(self, name: str, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
+        """``stacked`` [reporting layers, ...] into the window; layers that do not report stay 0."""
+        if len(layers) < self.shape.layers:
+            whole = torch.zeros(self.shape.layers, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+            stacked = whole.index_copy_(0, self._index(layers), stacked)
+        self._window(name, stacked).index_copy_(0, self._at, stacked[None])
+
+    def _index(self, layers: tuple[int, ...]) -> torch.Tensor:
+        if layers not in self._layers:
+            self._layers[layers] = torch.tensor(layers, device=self.shape.device)
+        return self._layers[layers]
+
+    def _window(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        if name not in self._windows:
+            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, like.nbytes)))
+            self._windows[name] = torch.zeros(self._size, *like.shape, dtype=like.dtype, device=like.device)
+        return self._windows[name]
 
     def _flush(self) -> None:
-        s, steps = self.shape, self.step + 1
+        s, steps = self.shape, self._steps
         if not steps:
             return
-        part = {f"bytes_{c}": v[:steps].cpu().numpy() for c, v in self._bytes.items()}
-        if self._spans is None:
-            logical = physical = np.zeros((steps, s.layers, s.batch), np.int64)
-        else:
-            logical, physical = span_tokens(self._spans[:steps].cpu().numpy(), s.kv_heads)
+        found = {name: window[:steps].cpu().numpy() for name, window in self._windows.items()}
+        nothing = np.zeros((steps, s.layers, s.batch), np.int64)
+        part = {f"bytes_{c}": found.get(c, nothing) for c in CATEGORIES}
+        logical, physical = found.get("logical", nothing), found.get("physical", nothing)
+        if "spans" in found:
+            more = span_tokens(found["spans"], s.kv_heads)
+            logical, physical = logical + more[0], physical + more[1]
         part["tokens_log"], part["tokens_phys"] = logical, physical
         part["bytes_kv"] = part["bytes_kv"] + physical * s.kv_row_bytes
         part["bytes_write"] = part["bytes_write"] + s.kv_heads * s.kv_row_bytes  # the new K/V row, whatever the method
         lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)
         part["tokens_log_full"], part["tokens_phys_full"] = lengths * s.q_heads, lengths * s.kv_heads
         part["bytes_full"] = part["tokens_phys_full"] * 2 * s.head_dim * 2  # always bf16 full attention
-        hits = self._hits[:steps].cpu().numpy()
-        depth = self._depth[:steps].cpu().numpy()
+        heads = (steps, s.layers, s.batch, s.q_heads)
+        hits, depth = found.get("hits", np.zeros(heads, bool)), found.get("depth", np.zeros(heads, np.int32))
         part["hits"] = hits.sum(-1)
-        part["match_heads"] = np.full_like(part["hits"], s.q_heads if self._matching else 0)
+        part["match_heads"] = np.full_like(part["hits"], s.q_heads if "hits" in found else 0)
         part["chain_sum"], part["chain_max"] = depth.sum(-1, dtype=np.int64), depth.max(-1)
         self._done.append(part)
-        self.step = -1
-        self._clear()
+        self._steps = 0
+        self._at.zero_()
 
     def counts(self) -> dict[str, np.ndarray]:
         """All counts so far, each int64 [steps, layers, B]."""
@@ -135,7 +205,8 @@ class Ledger:
         if not self._done:
             empty = np.zeros((0, self.shape.layers, self.shape.batch), np.int64)
             return {name: empty for name in COUNTS}
-        return {name: np.concatenate([part[name] for part in self._done]).astype(np.int64) for name in COUNTS}
+        self._done = [{name: np.concatenate([part[name] for part in self._done]).astype(np.int64) for name in COUNTS}]
+        return self._done[0]
 
 
 FULL = ("tokens_log_full", "tokens_phys_full", "bytes_full")

@@ -136,7 +136,7 @@ class Engine:
             began = self._now()
             method.begin(self.shape, self.kernels, ledger)
             for layer, queries in enumerate(prompt.queries):
-                method.after_prefill(layer, queries, cache)
+                method.after_prefill(layer, 0, queries, cache)
             setup = self._now() - began
 
             def attend(layer, q_pre, q, k, v):
@@ -151,10 +151,12 @@ class Engine:
             with intercept(self.network, attend):
                 while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids and not ended(tokens):
                     ledger.begin_step([n + 1 for n in cache.host_lengths])  # its own work is not part of a step's time
+                    method.between_steps(cache)
                     began = perf_counter()
                     cache.extend(1)
                     last = torch.tensor([[tokens[-1]]], device=self.shape.device)
                     logits = self._forward(last, cache.lengths[:, None].long() - 1)
+                    ledger.end_step()
                     tokens.append(sampler(logits))
                     seconds.append(perf_counter() - began)
                     progress(1)

@@ -64,12 +64,22 @@ class PagedKVCache:
 
     One step is: ``extend(n)`` once (makes room, lengths grow by n, the new tokens count as visible), then ``append(layer, k, v)``
     for every layer, then reads. Device tensors for kernels: ``block_table`` int32 [B, max_pages], ``lengths`` int32 [B].
+
+    With ``width`` (pages per request at most) the device tensors stay the same memory for the cache's whole life, so that a captured
+    CUDA graph may read them: ``extend`` is then ``count`` on the host and ``advance`` on the device. Requests that are not active
+    (``activate``) do not grow, and what is appended for them goes to a spare page.
     """
 
-    def __init__(self, pool: PagePool, batch: int = 1):
-        self.pool = pool
+    def __init__(self, pool: PagePool, batch: int = 1, width: int | None = None):
+        self.pool, self.width = pool, width
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.host_lengths = [0] * batch
+        self.active = [True] * batch
+        device = pool.k.device
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.growing = torch.ones(batch, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(batch, width or 1, dtype=torch.int32, device=device)
+        self._spare: int | None = None
         self._refresh_device()
 
     # -- layout -------------------------------------------------------------------------------------------------------
@@ -122,6 +132,8 @@ class PagedKVCache:
         """Make sure every request owns writable pages for ``tokens`` more tokens; block tables then stay as they are until those are used."""
         changed = False
         for request, table in enumerate(self.tables):
+            if not self.active[request]:
+                continue
             length = self.host_lengths[request]
             first = length // self.page_size
             if length % self.page_size and self.pool.shared(table[first]):
@@ -138,47 +150,77 @@ class PagedKVCache:
             self._refresh_device()
 
     def extend(self, tokens: int) -> None:
-        """Grow every request by ``tokens``; their K and V follow by ``append`` in every layer."""
+        """Grow every active request by ``tokens``; their K and V follow by ``append`` in every layer."""
+        self.count(tokens)
+        self.advance(tokens)
+
+    def count(self, tokens: int) -> None:
+        """The host's half of ``extend``: pages and lengths."""
         self.reserve(tokens)
-        self.host_lengths = [n + tokens for n in self.host_lengths]
-        self.lengths += tokens
-        position = self.lengths[:, None] - tokens + torch.arange(tokens, device=self.lengths.device)
+        self.host_lengths = [n + tokens * active for n, active in zip(self.host_lengths, self.active, strict=True)]
+
+    def advance(self, tokens: int) -> None:
+        """The device's half of ``extend``: lengths, and where the new rows go. No host synchronisation."""
+        self.lengths += self.growing * tokens
+        position = (self.lengths[:, None] - tokens + torch.arange(tokens, device=self.lengths.device)).clamp(min=0)
         page = self.block_table.gather(1, (position // self.page_size).long())
-        self._slots = (page * self.page_size + position % self.page_size).flatten().long()
+        if self._spare is not None:
+            page = torch.where(self.growing[:, None] > 0, page, self._spare)
+        self.slots = (page * self.page_size + position % self.page_size).flatten().long()
+
+    def activate(self, active: list[bool]) -> None:
+        """Which requests grow from now on; needs a page to spare the first time that one does not."""
+        if self._spare is None and not all(active):
+            self._spare = self.pool.take()
+        if active != self.active:
+            self.active = list(active)
+            self.growing.copy_(torch.tensor(active, dtype=torch.int32))
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the K and V of the tokens of the last ``extend``: k, v [B, kv_heads, n, head_dim], keys after RoPE."""
         for pool, new in ((self.pool.k[layer], k), (self.pool.v[layer], v)):
-            pool.flatten(1, 2).index_copy_(1, self._slots, new.transpose(0, 1).flatten(1, 2))
+            pool.flatten(1, 2).index_copy_(1, self.slots, new.transpose(0, 1).flatten(1, 2))
 
     # -- sharing ------------------------------------------------------------------------------------------------------
 
     def fork(self) -> "PagedKVCache":
         """A second cache with the same content: pages are shared, the partly filled one is copied when either side writes to it."""
-        other = PagedKVCache.__new__(PagedKVCache)
-        other.pool = self.pool
-        keep = [-(-n // self.page_size) for n in self.host_lengths]
-        other.tables = [table[:pages] for table, pages in zip(self.tables, keep, strict=True)]
-        other.host_lengths = list(self.host_lengths)
-        for table in other.tables:
-            for page in table:
-                self.pool.share(page)
-        other._refresh_device()
+        other = PagedKVCache(self.pool, self.batch)
+        other.share([(self, request) for request in range(self.batch)])
         return other
+
+    def share(self, sources: "list[tuple[PagedKVCache, int]]") -> None:
+        """Become a fork of requests of other caches of the pool; an empty cache takes at most ``batch`` of them, the rest stays empty."""
+        for request, (source, index) in enumerate(sources):
+            length = source.host_lengths[index]
+            self.tables[request] = source.tables[index][: -(-length // self.page_size)]
+            self.host_lengths[request] = length
+            for page in self.tables[request]:
+                self.pool.share(page)
+        self._refresh_device()
 
     def free(self) -> None:
         """Give all pages back; the cache is empty afterwards and can be used again."""
         for table in self.tables:
             for page in table:
                 self.pool.release(page)
+        if self._spare is not None:
+            self.pool.release(self._spare)
+            self._spare = None
         self.tables = [[] for _ in self.tables]
         self.host_lengths = [0] * len(self.tables)
+        self.activate([True] * len(self.tables))
         self._refresh_device()
 
     def _refresh_device(self) -> None:
         self._runs: dict[int, list[tuple[int, int, int]]] = {}
-        width = max(1, max(map(len, self.tables)))
-        padded = [table + [0] * (width - len(table)) for table in self.tables]
-        device = self.pool.k.device
-        self.block_table = torch.tensor(padded, dtype=torch.int32, device=device)
-        self.lengths = torch.tensor(self.host_lengths, dtype=torch.int32, device=device)
+        longest = max(1, *map(len, self.tables))
+        if self.width is not None and longest > self.width:
+            raise OutOfPages(f"a request needs {longest} pages, this cache has room for {self.width}")
+        width = self.width or longest
+        padded = torch.tensor([table + [0] * (width - len(table)) for table in self.tables], dtype=torch.int32)
+        if padded.shape != self.block_table.shape:
+            self.block_table = padded.to(self.block_table.device)
+        else:
+            self.block_table.copy_(padded)
+        self.lengths.copy_(torch.tensor(self.host_lengths, dtype=torch.int32))

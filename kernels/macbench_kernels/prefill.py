@@ -9,8 +9,8 @@ from macbench_kernels.state import State, empty_state, merge
 _FALLBACK_ROWS = 256
 
 
-def causal(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, scale: float, lo: int = 0) -> State:
-    """Query i attends the keys [lo, first + i], as the token at position ``first + i`` would.
+def causal(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, scale: float, lo: int = 0, request: int = 0) -> State:
+    """Query i attends the keys [lo, first + i] of a request, as the token at position ``first + i`` would.
 
     q: [1, Hq, n, d] after RoPE. ``first`` may lie before the queries' true positions: with first = position - r every query is cut off
     r keys early, which is how MAC's ring entries are made. A query that sees no key has an empty state.
@@ -22,17 +22,17 @@ def causal(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, scale: 
         empty = empty_state((1, heads, blank), dim, torch.promote_types(q.dtype, torch.float32), q.device)
         if blank == n:
             return empty
-        rest = causal(q[:, :, blank:], cache, layer, first + blank, scale, lo)
+        rest = causal(q[:, :, blank:], cache, layer, first + blank, scale, lo, request)
         return State(torch.cat([empty.out, rest.out.to(empty.out.dtype)], 2), torch.cat([empty.lse, rest.lse], 2))
-    state = _block(q, *_gather(cache, layer, first, first + n), scale, True)
+    state = _block(q, *_gather(cache, layer, request, first, first + n), scale, True)
     if first > lo:
-        state = merge(state, _block(q, *_gather(cache, layer, lo, first), scale, False))
+        state = merge(state, _block(q, *_gather(cache, layer, request, lo, first), scale, False))
     return state
 
 
-def _gather(cache: PagedKVCache, layer: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of [start, stop) of the first request as [1, Hkv, n, d]: a view if the pages are contiguous."""
-    pieces = cache.slice(layer, 0, start, stop)
+def _gather(cache: PagedKVCache, layer: int, request: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of [start, stop) of a request as [1, Hkv, n, d]: a view if the pages are contiguous."""
+    pieces = cache.slice(layer, request, start, stop)
     k, v = pieces[0] if len(pieces) == 1 else (torch.cat(x, 1) for x in zip(*pieces, strict=True))
     return k[None], v[None]
 

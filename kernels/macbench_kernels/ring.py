@@ -49,13 +49,18 @@ class Ring:
     def capacity(self) -> int:
         return self.q.shape[2]
 
-    def fill(self, q: torch.Tensor, state: State, first: int) -> None:
-        """Write exact entries of the prompt's last n <= capacity queries, of positions from ``first``: q, state.out [batch, q_heads, n, head_dim]."""
+    def clear(self, request: int) -> None:
+        """Forget all entries of a request."""
+        for part, empty in ((self.q, 0), (self.out, 0), (self.lse, float("-inf")), (self.depth, 0)):
+            part[request] = empty
+
+    def fill(self, request: int, q: torch.Tensor, state: State, first: int) -> None:
+        """Exact entries of a prompt's last n <= capacity queries, of positions from ``first``, and no others: q, state.out [1, q_heads, n, head_dim]."""
+        self.clear(request)
         rows = torch.arange(first, first + q.shape[2], device=q.device) % self.capacity
-        self.q[:, :, rows] = q
-        self.out[:, :, rows] = state.out.to(self.out.dtype)
-        self.lse[:, :, rows] = state.lse.to(self.lse.dtype)
-        self.depth[:, :, rows] = 0
+        self.q[request, :, rows] = q[0]
+        self.out[request, :, rows] = state.out[0].to(self.out.dtype)
+        self.lse[request, :, rows] = state.lse[0].to(self.lse.dtype)
 
     def read(self, slot: torch.Tensor, wanted: torch.Tensor) -> tuple[State, torch.Tensor]:
         """State (out [batch, q_heads, head_dim], lse [batch, q_heads]) and depth of one row per head.

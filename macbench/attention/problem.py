@@ -140,8 +140,7 @@ def _missing(shape, cell: Cell, count: int, misses: str, generator, device) -> t
 
 def some_requests(cache: PagedKVCache, chosen: list[int]) -> PagedKVCache:
     """The same pages seen as a smaller batch; for comparing a few requests with a reference."""
-    small = PagedKVCache.__new__(PagedKVCache)
-    small.pool = cache.pool
+    small = PagedKVCache(cache.pool, len(chosen))
     small.tables = [cache.tables[i] for i in chosen]
     lengths = cache.lengths.tolist()
     small.host_lengths = [lengths[i] for i in chosen]

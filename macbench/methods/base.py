@@ -31,9 +31,13 @@ class PromptQueries:
 class Method:
     """Base of all methods: a dataclass of hyper-parameters.
 
-    One generation is ``begin``, then ``after_prefill`` for every layer, then ``attend`` for every decode step and layer. ``attend`` must
-    not synchronise with the host, so that a decode step can be captured in a CUDA graph, and reports what it reads to ``self.ledger``
-    with the same tensors that it gives to ``self.kernels``.
+    A batch of generations is ``begin``, then ``after_prefill`` for every request and layer, then, for every decode step, ``between_steps``
+    and ``attend`` for every layer. Requests have their own lengths.
+
+    ``attend`` may be captured in a CUDA graph that is replayed for other steps and other prompts. So it does not synchronise with the host, its
+    shapes and branches follow from hyper-parameters and ``self.shape`` alone (never from ``cache.host_lengths``), and its state lives in
+    memory that ``begin`` keeps: see ``buffer``. It reports what it reads to ``self.ledger`` with the same tensors that it gives to
+    ``self.kernels``. Whatever cannot obey, such as re-clustering every 128 tokens, belongs in ``between_steps``.
     """
 
     @property
@@ -46,14 +50,28 @@ class Method:
         return None
 
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
-        """Forget the previous generation and prepare for one of this shape."""
+        """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
+        if getattr(self, "shape", None) != shape:
+            self._buffers: dict[str, torch.Tensor] = {}
         self.shape, self.kernels, self.ledger = shape, kernels, ledger
 
-    def after_prefill(self, layer: int, queries: PromptQueries, cache: PagedKVCache) -> None:
-        """The prompt's K and V of ``layer`` are in the cache: build what decoding needs."""
+    def buffer(self, name: str, *size: int, dtype: torch.dtype | None = None, fill: float = 0) -> torch.Tensor:
+        """A tensor of this size filled with ``fill``: the same memory every time that ``begin`` asks for it under this name.
+
+        ``dtype``: that of the model, if None.
+        """
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(size, dtype=dtype or self.shape.dtype, device=self.shape.device)
+        return self._buffers[name].fill_(fill)
+
+    def after_prefill(self, layer: int, request: int, queries: PromptQueries, cache: PagedKVCache) -> None:
+        """The prompt's K and V of ``request`` are in the cache: build what decoding needs. ``queries`` are of that request (batch 1)."""
+
+    def between_steps(self, cache: PagedKVCache) -> None:
+        """Called on the host before each decode step, while ``cache.host_lengths`` do not count the new token yet; may synchronise."""
 
     def attend(self, layer: int, q_pre: torch.Tensor, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """Attention output [B, Hq, d] of one decode step; q_pre, q: [B, Hq, d]. The token's own K and V are in the cache already."""
+        """Attention output [B, Hq, d] of one decode step; q_pre, q: [B, Hq, d]. The tokens' own K and V are in the cache already."""
         raise NotImplementedError
 
 

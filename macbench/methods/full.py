@@ -12,5 +12,7 @@ class Full(Method):
     """Exact attention of every query head over all L visible tokens. Reads Hkv * L rows per layer and step."""
 
     def attend(self, layer, q_pre, q, cache):
-        self.ledger.read(layer, visible_span(cache, q.shape[1]))
+        if layer == 0:  # the same for all layers
+            self._span = visible_span(cache, q.shape[1])
+        self.ledger.read(layer, self._span)
         return self.kernels.full(q, cache, layer, self.shape.scale)

@@ -6,6 +6,7 @@ Yao, Jacobs, Krichene, Tanaka, Panda. arXiv:2604.00235, MLSys 2026. Public code 
 import math
 from dataclasses import dataclass
 
+import torch
 from macbench_kernels import MacParams, Ring, scanned_rows
 
 from macbench.counting import ELEMENT_BYTES
@@ -67,25 +68,37 @@ class MAC(Method):
         super().begin(shape, kernels, ledger)
         radius = self.tau * math.sqrt(2 * shape.head_dim)
         self.params = MacParams(radius, self.band, self.sink, self.min_context, self.max_chain)
-        ring = (shape.batch, shape.q_heads, self.window, shape.head_dim, shape.dtype, shape.device)
-        self.rings = [Ring.create(*ring) for _ in range(shape.layers)]
+        rows = (shape.batch, shape.q_heads, self.window)
+        precise = torch.promote_types(shape.dtype, torch.float32)
+        self.rings = [
+            Ring(
+                self.buffer(f"q{i}", *rows, shape.head_dim),
+                self.buffer(f"out{i}", *rows, shape.head_dim, dtype=precise),
+                self.buffer(f"lse{i}", *rows, dtype=precise, fill=float("-inf")),
+                self.buffer(f"depth{i}", *rows, dtype=torch.int32),
+            )
+            for i in range(shape.layers)
+        ]
 
-    def after_prefill(self, layer, queries, cache):
+    def after_prefill(self, layer, request, queries, cache):
         queries = queries.last(self.window)
-        state = self.kernels.causal(queries.q, cache, layer, queries.first - self.band, self.shape.scale, lo=self.sink)
-        self.rings[layer].fill(queries.q_pre, state, queries.first)
+        first = queries.first - self.band
+        state = self.kernels.causal(queries.q, cache, layer, first, self.shape.scale, lo=self.sink, request=request)
+        self.rings[layer].fill(request, queries.q_pre, state, queries.first)
 
     def attend(self, layer, q_pre, q, cache):
+        if layer == 0:  # the same for all layers
+            self._scanned = scanned_rows(cache.lengths - 1, self.window, self.min_context)
         step = self.kernels.mac_step(q_pre, q, cache, layer, self.rings[layer], self.params, self.shape.scale)
-        self._report(layer, step, cache.lengths - 1)
+        self._report(layer, step)
         return step.out
 
-    def _report(self, layer, step, position):
+    def _report(self, layer, step):
         heads, dim = self.shape.q_heads, self.shape.head_dim
         row = dim * ELEMENT_BYTES + (4 if self.max_chain is not None else 0)
-        scanned = scanned_rows(position, self.window, self.min_context)
         record = dim * 4 + _RECORD_EXTRA_BYTES
         self.ledger.read(layer, step.spans)
         self.ledger.matched(layer, step.hit, step.chain)
-        self.ledger.add(layer, "state", scanned * (heads * row) + step.looked_up.sum(-1) * record)
+        self.ledger.add(layer, "state", heads * row, self._scanned)
+        self.ledger.add(layer, "state", record, step.looked_up)
         self.ledger.add(layer, "write", heads * (dim * ELEMENT_BYTES + record))

@@ -35,7 +35,7 @@ class Driver:
 
     def __init__(self, method: Method, stream: Stream, prompt: int, backend: str = "torch", keep: int | None = None):
         heads, _, dim = stream.q.shape
-        self.shape = Shape(1, heads, stream.k.shape[0], dim, dim**-0.5, stream.q.dtype, stream.q.device)
+        self.shape = Shape(1, heads, stream.k.shape[0], dim, dim**-0.5, stream.q.dtype, stream.q.device, 1, stream.q.shape[1])
         self.method, self.stream, self.prompt = method, stream, prompt
         self.ledger = Ledger(self.shape)
         pool = PagePool(1, stream.k.shape[0], dim, stream.q.shape[1] // 16 + 4, 16, stream.q.dtype, stream.q.device)
@@ -45,7 +45,7 @@ class Driver:
         method.begin(self.shape, kernels(backend, stream.q.device), self.ledger)
         first = max(0, prompt - (method.prompt_queries if keep is None else keep))
         tail = slice(first, prompt)
-        method.after_prefill(0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first), self.cache)
+        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first), self.cache)
 
     def grow(self) -> int:
         """Make the next token visible; returns its position."""
@@ -58,7 +58,9 @@ class Driver:
     def step(self) -> torch.Tensor:
         """Output [Hq, d] of the next token."""
         t = self.grow()
-        return self.method.attend(0, self.stream.q_pre[None, :, t], self.stream.q[None, :, t], self.cache)[0]
+        out = self.method.attend(0, self.stream.q_pre[None, :, t], self.stream.q[None, :, t], self.cache)[0]
+        self.ledger.end_step()
+        return out
 
     def exact(self, head: int, t: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Float64 state of the query of (head, t) over the keys [start, stop), from the stream itself."""

@@ -108,13 +108,13 @@ class Ledger:
         self._report(("spans",), layer, spans)
 
     def add(self, layer: int, category: str, per: int, units: torch.Tensor | int = 1) -> None:
-        """``per`` bytes of a category of ``CATEGORIES`` for each of ``units``: an int, or an int or bool tensor [B, ...] that is summed per request."""
+        """``per`` bytes of a category of ``CATEGORIES`` for each of ``units``: an int, or an int or bool tensor [B, ...], summed per request."""
         turn = sum(key[:2] == ("bytes", category) and layer in found for key, found in self._reports.items())
         kind = tuple(units.shape) if isinstance(units, torch.Tensor) else units
         self._report(("bytes", category, turn, per, kind), layer, units)
 
     def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor) -> None:
-        """K and V rows that are not spans: tokens summed over query heads, and rows summed over KV heads (the union over a group); int [B, ...] each."""
+        """K and V rows that are not spans: tokens summed over query heads, rows summed over KV heads (union over a group); int [B, ...] each."""
         self._report(("logical", tuple(logical.shape)), layer, logical)
         self._report(("physical", tuple(physical.shape)), layer, physical)
 

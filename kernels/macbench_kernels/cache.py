@@ -76,9 +76,10 @@ class PagedKVCache:
         self.host_lengths = [0] * batch
         self.active = [True] * batch
         device = pool.k.device
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.growing = torch.ones(batch, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(batch, width or 1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # whoever makes the cache, anyone may change these
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.growing = torch.ones(batch, dtype=torch.int32, device=device)
+            self.block_table = torch.zeros(batch, width or 1, dtype=torch.int32, device=device)
         self._spare: int | None = None
         self._refresh_device()
 
@@ -220,7 +221,8 @@ class PagedKVCache:
         width = self.width or longest
         padded = torch.tensor([table + [0] * (width - len(table)) for table in self.tables], dtype=torch.int32)
         if padded.shape != self.block_table.shape:
-            self.block_table = padded.to(self.block_table.device)
+            with torch.inference_mode(False):
+                self.block_table = padded.to(self.block_table.device, copy=True)
         else:
             self.block_table.copy_(padded)
         self.lengths.copy_(torch.tensor(self.host_lengths, dtype=torch.int32))

@@ -55,7 +55,7 @@ class Ring:
             part[request] = empty
 
     def fill(self, request: int, q: torch.Tensor, state: State, first: int) -> None:
-        """Exact entries of a prompt's last n <= capacity queries, of positions from ``first``, and no others: q, state.out [1, q_heads, n, head_dim]."""
+        """Exact entries of a prompt's last n <= capacity queries, of positions from ``first``; no others: q, state.out [1, q_heads, n, head_dim]."""
         self.clear(request)
         rows = torch.arange(first, first + q.shape[2], device=q.device) % self.capacity
         self.q[request, :, rows] = q[0]

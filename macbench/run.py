@@ -5,7 +5,8 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from time import time
 
@@ -60,7 +61,7 @@ def run(cfg: DictConfig) -> int:
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
-        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
+        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, cfg.batch or 1, cfg.engine.graph)
         facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
@@ -138,13 +139,15 @@ def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -
 def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log) -> None:
     """Make and record every missing example."""
     with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
-        for example in examples(task, todo):
-            bar.set_description(example.subtask)
-            tables = evaluate_example(engine, model, task, variants, example, directory, bar)
-            directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
-            partial.clear(directory.path, example)
-            log.example(tables["samples"])
-            bar.update()
+        for group in batched(examples(task, todo), engine.batch):
+            bar.set_description(group[0].subtask)
+            made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage))
+            for example, answered in zip(group, made, strict=True):
+                tables = records(engine, task, variants, example, answered, directory.run_id)
+                directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
+                partial.clear(directory.path, example)
+                log.example(tables["samples"])
+                bar.update()
 
 
 def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
@@ -153,13 +156,19 @@ def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
             yield task.example(subtask, index)
 
 
-def evaluate_example(engine, model, task, variants: list[Variant], example: Example, directory: RunDirectory, bar) -> dict[str, list[dict]]:
-    """Generate with every variant; the rows of the three tables. A failure becomes a row with ``error``."""
+def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Lists of ``size`` items, the last one shorter."""
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
+
+
+def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
+    """The rows of the three tables from what each variant made of an example. A failure becomes a row with ``error``."""
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
-    made = answers(engine, model, task, variants, example, directory.path, lambda stage: _rate(bar, stage))
     for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
-        key = {"run_id": directory.run_id, "method": variant.name, "variant": variant.label}
+        key = {"run_id": run_id, "method": variant.name, "variant": variant.label}
         key |= {"subtask": example.subtask, "example_id": example.example_id}
         row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
         meta = dict(example.meta)
@@ -200,7 +209,7 @@ def _rate(bar: tqdm, stage: str):
 
 
 def _one_line(error: Exception) -> str:
-    hint = "; lower engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
+    hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{hint}"
 
 

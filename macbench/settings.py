@@ -14,6 +14,8 @@ from macbench.methods.base import Method
 
 # Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
 MOST_EXAMPLES = 100_000
+# Tasks without a model's own prompts, whose batch may be a list.
+SYNTHETIC = ("attention", "decode")
 
 
 @dataclass
@@ -40,6 +42,9 @@ def check(cfg: DictConfig) -> None:
         value = _select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
+    if cfg.task.name not in SYNTHETIC:
+        _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
+    _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
     _expect(cfg, "backend", "auto, torch or triton", lambda v: isinstance(v, str))

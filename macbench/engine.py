@@ -108,7 +108,7 @@ class Engine:
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.
         pages = batch * (-(-ctx // page_size) + _SPARE_PAGES) + _SPARE_PAGES
         self.pool = PagePool(s.layers, s.kv_heads, s.head_dim, pages, page_size, s.dtype, s.device)
-        self.forward = make_forward(network, ctx)
+        self.forward = make_forward(network, ctx, batch)
         self._decoders: dict[tuple[int, int], Decoder] = {}
 
     @torch.inference_mode()

@@ -47,6 +47,17 @@ class Decoder:
             self._session = self.forward.attending(self._attend)
         self._session.__enter__()
 
+    def start_at(self, tokens: int, steps: int) -> None:
+        """Every request holds ``tokens`` tokens, whose K and V are whatever lies in the pool, with room for ``steps``: for latency alone."""
+        if self._wants_graph and self._graph is None:
+            self._capture()
+        self.cache.extend(tokens)
+        self.cache.reserve(steps)
+        self._begin()
+        if self._graph is None:
+            self._session = self.forward.attending(self._attend)
+        self._session.__enter__()
+
     def stop(self) -> None:
         """Give the pages back; counts stay."""
         self._session.__exit__(None, None, None)
@@ -90,6 +101,7 @@ class Decoder:
             with self.forward.attending(self._attend):
                 for _ in range(_WARM_UP):
                     self.ledger.begin_step(self.cache.host_lengths)
+                    self.method.between_steps(self.cache)
                     self._body()
                 torch.cuda.synchronize(self.shape.device)
                 with torch.cuda.graph(graph, pool=_memory(self.shape.device)):

@@ -42,6 +42,8 @@ def run(cfg: DictConfig) -> int:
     settings.check(cfg)
     if cfg.task.name == "attention":
         return run_attention(cfg)
+    if cfg.task.name == "decode":
+        return run_decode(cfg)
     ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
@@ -94,6 +96,23 @@ def run_attention(cfg: DictConfig) -> int:
     contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
     device = "cuda" if cfg.device == "auto" else cfg.device
     return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
+
+
+def run_decode(cfg: DictConfig) -> int:
+    """``task=decode``: a model's decode step end to end, on real or synthetic prompts."""
+    from macbench.latency.command import run as measure
+
+    settings.build_variants(cfg)  # the method's own checks of its knobs
+    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
+    if cfg.batch is not None:
+        task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch
+    contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.model, device)
+    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
+    target = Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
+    facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
+    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
 
 
 def _kernels(backend: str, device: str):

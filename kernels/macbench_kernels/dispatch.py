@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 
 class UnsupportedError(ValueError):
@@ -18,7 +18,7 @@ class Kernels:
     """What a backend offers; signatures and shapes are in torch_backend, prefill and mac.
 
     ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
-    with lse. ``mac_step``: a whole MAC step.
+    with lse. ``mac_step``: a whole MAC step. ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Kernels:
     match: Callable
     causal: Callable
     mac_step: Callable
+    plan: Callable | None = None
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -40,6 +41,12 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if backend == "torch":
         step = compose(torch_backend.match, torch_backend.attend)
         return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step)
+    if backend == "flashinfer":
+        from macbench_kernels.flashinfer_backend import with_flashinfer
+
+        if kind != "cuda":
+            raise UnsupportedError(f"backend=flashinfer on device {kind}: needs a CUDA device")
+        return with_flashinfer(kernels("triton", device))
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -64,9 +64,14 @@ def _check(knobs: dict, method: dict) -> None:
             raise ConfigError("task.hit_rate", value, "must be a number from 0 to 1")
     least = {"batch": 1, "max_gap": 1, "head_dim": 8, "page_size": 1, "steps": 4}
     for key, low in least.items():
-        for value in _list(knobs[key]):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"task.{key}", value, f"must be an integer of at least {low}")
+        number_list(f"task.{key}", knobs[key], low)
+
+
+def number_list(key: str, values, least: int) -> None:
+    """One integer of at least ``least``, or a list of them."""
+    for value in _list(values):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(key, value, f"must be an integer of at least {least}")
 
 
 def _name(*parts) -> str:

@@ -32,15 +32,15 @@ PRESETS = {
 }
 
 
-def facts(device: str) -> dict:
-    """What the numbers depend on."""
+def facts(device: str, module: str = "macbench.attention") -> dict:
+    """What the numbers depend on. ``module``: what was started by ``python -m``."""
     versions = {}
     for name in ("torch", "triton", "flashinfer", "flash_attn"):
         module = sys.modules.get(name)
         if module is not None:
             versions[name] = getattr(module, "__version__", "?")
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    command = shlex.join(["python", "-m", "macbench.attention", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
 
 

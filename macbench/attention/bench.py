@@ -172,9 +172,9 @@ def _mac(problem: Problem, stream: Stream, mode: str) -> dict:
         return mac_step(inputs[i], problem.q[i], cache, problem.layer(i), stream.rings[i], cell.params, cell.scale)
 
     def everything():
-        steps = [call(i) for i in range(problem.rings)]
+        steps = [call(i)._replace(out=None) for i in range(problem.rings)]  # ``reads`` needs no outputs: their memory may be used again
         problem.advance()
-        return [step._replace(out=None) for step in steps]  # what ``reads`` needs; outputs may share their memory
+        return steps
 
     if mode != "cpu":  # compile and warm up without touching what is measured
         spare = stream.rings[0]

@@ -45,7 +45,7 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
         raise ConfigError("device", device, str(error)) from error
     print("\n".join([table.HEADER, *map(table.line, rows)]))
     target = Path(runs_dir) / "attention" / f"{method['name']}-{_name(knobs, contexts, windows, own)}.parquet"
-    table.write(rows, target, facts(device) | {"task": task, "method": method})
+    table.write(rows, target, facts(device, "macbench.run") | {"task": task, "method": method})
     print(f"records: {target}")
     return 1 if any(row["error"] and not row["error"].startswith(EXCUSES) for row in rows) else 0
 

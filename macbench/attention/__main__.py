@@ -34,11 +34,8 @@ PRESETS = {
 
 def facts(device: str, module: str = "macbench.attention") -> dict:
     """What the numbers depend on. ``module``: what was started by ``python -m``."""
-    versions = {}
-    for name in ("torch", "triton", "flashinfer", "flash_attn"):
-        module = sys.modules.get(name)
-        if module is not None:
-            versions[name] = getattr(module, "__version__", "?")
+    loaded = {name: sys.modules.get(name) for name in ("torch", "triton", "flashinfer", "flash_attn")}
+    versions = {name: getattr(package, "__version__", "?") for name, package in loaded.items() if package is not None}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     return {"command": command, "git": environment.commit(), "device": name, "packages": versions}

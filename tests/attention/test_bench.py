@@ -228,10 +228,14 @@ def test_table_and_parquet_hold_every_row(rows, tmp_path):
 
 def test_presets_are_one_table_and_one_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(script.PRESETS, "reach", [SMALL | {"hit_rate": [1], "backends": ["torch"]}, SMALL | {"window": [64], "backends": []}])
+    monkeypatch.setattr(script.sys, "argv", ["", "reach", "a file"])
     assert script.main(["reach", str(tmp_path / "reach.parquet")]) == 0
     back = pq.read_table(tmp_path / "reach.parquet")
     assert back.column("window").to_pylist() == [None, 32, 64, 64, 64, 64]
-    assert json.loads(back.schema.metadata[b"macbench"])["git"] == script.environment.commit()
+    facts = json.loads(back.schema.metadata[b"macbench"])
+    assert facts["git"] == script.environment.commit()
+    assert facts["command"] == "python -m macbench.attention reach 'a file'"
+    assert facts["packages"]["torch"] == torch.__version__
     assert capsys.readouterr().out.count("mac:torch") == 2 * 5
 
 

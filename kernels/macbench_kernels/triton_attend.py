@@ -10,7 +10,7 @@ import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.state import State
-from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
+from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, launchable, on_device, processors
 from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent, tiles
 
 # Packed matches or bounds that a program of the persistent kernel looks at together.
@@ -298,7 +298,8 @@ class Pieces:
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
     """See torch_backend.attend: q [B, Hq, d], spans int32 [S, 2, B, Hq] -> out float32 [S, B, Hq, d], lse [S, B, Hq]. No host synchronisation."""
-    check(q, cache.keys(layer))
+    check(q, cache, layer)
+    launchable(q, {"spans": spans})
     with on_device(q):
         q = q.contiguous()
         count = spans.shape[0]
@@ -307,7 +308,7 @@ def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor
 
 def attend_full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float, dtype: torch.dtype = torch.float32, **override) -> State:
     """Every visible key: q [B, Hq, d] -> out [B, Hq, d] in ``dtype``, lse float32 [B, Hq]. ``override``: see ``tuning``."""
-    check(q, cache.keys(layer))
+    check(q, cache, layer)
     with on_device(q):
         q = q.contiguous()
         state = _merged(q, Pieces(q, cache, layer, scale, FULL, 1, **override), 1, dtype)

@@ -1,4 +1,4 @@
-"""Products of a decode step (shapes of Llama-3.1-8B, bf16) beside torch's: microseconds and bandwidth, graph replay, weights larger than the L2 cache.
+"""Products of a decode step (shapes of Llama-3.1-8B, bf16) beside torch's: microseconds and bandwidth by graph replay, weights larger than the L2.
 
 python kernels/benchmarks/linear.py [sweep]      sweep: also other tiles than the default
 """

@@ -26,8 +26,9 @@ from macbench.models.weights import LoadedModel, load, load_chat, max_context, r
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import drift, format_frame, format_table, summarise
-from macbench.tasks.base import Example, Task, count
+from macbench.summary import drift, summarise
+from macbench.tables import format_frame, format_summary
+from macbench.tasks.base import Example, Task, count, guesses
 
 # Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
 # Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
@@ -231,10 +232,10 @@ def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Varian
 def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
     samples = asked(directory, task, limit, variants)
-    table = summarise(samples)
+    table = summarise(samples, guesses(task, samples))
     directory.write_text("summary.json", table.to_json(orient="records", indent=1))
     print(protocol_card(task.protocol()), file=sys.stderr)
-    print(format_table(table))
+    print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))

@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import cli, environment, judging, loggers, partial, settings
+from macbench import budget, cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
 from macbench.errors import ConfigError
 from macbench.generate import Answer, answers
-from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
+from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
@@ -49,6 +49,10 @@ def run(cfg: DictConfig) -> int:
     variants = settings.build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
+    resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
+    if cfg.budget is not None:
+        variants = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     for subtask in task.subtasks:
@@ -56,9 +60,10 @@ def run(cfg: DictConfig) -> int:
 
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
+    directory = open_directory(cfg, task, resolved)
     todo = pending(task, cfg.limit, variants, directory.done())
-    for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
+    cautions = [v.method.caution(ctx) for v in variants] + [budget.untouched(variants) if cfg.budget is not None else None]
+    for note in dict.fromkeys(filter(None, cautions)):
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
@@ -73,6 +78,8 @@ def run(cfg: DictConfig) -> int:
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
+    for note in budget.misses(table, variants):
+        print(f"macbench: note: {note}", file=sys.stderr)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
     unjudged = 0
     if hasattr(task, "checks"):

@@ -49,6 +49,11 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
+    def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
+        """A copy whose own knob makes rho_bytes ``rho`` at ``tokens`` visible tokens, by its closed form; a ConfigError that names the
+        floor if none does."""
+        raise ConfigError("budget", rho, f"{type(self).__name__} has no budget knob")
+
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
         if getattr(self, "shape", None) != shape:

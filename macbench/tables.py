@@ -58,7 +58,7 @@ def format_comparison(table: pd.DataFrame) -> str:
         "score ± se": [f"{x} ± {se}" if se != "-" else x for x, se in zip(_texts(rows, "score"), _texts(rows, "score_se"), strict=True)],
         "vs full [95%]": [_interval(row) for row in rows.itertuples()],
         "W/L/T": [f"{r.wins:.0f}/{r.losses:.0f}/{r.ties:.0f}" if pd.notna(r.wins) else "-" for r in rows.itertuples()],
-        "p": _texts(rows, "mcnemar_p"),
+        "p": ["<0.001" if p < 0.001 else text for p, text in zip(rows.mcnemar_p, _texts(rows, "mcnemar_p"), strict=True)],
         "n(1pt)": [f"{n:.0f}" if pd.notna(n) else "-" for n in rows.examples_needed],
         **{name: _texts(rows, name) for name in ("rho_log", "rho_phys", "rho_bytes", "hit_rate")},
         "ms/token": _texts(rows, "ms_per_token"),
@@ -93,5 +93,7 @@ def _texts(table: pd.DataFrame, column: str) -> list[str]:
 def _interval(row) -> str:
     if pd.isna(row.difference):
         return "-"
+    if not row.wins + row.losses:
+        return f"{row.difference:+.3f}, none differs"  # an interval without width would say too much
     bounds = f" [{row.difference_low:+.3f}, {row.difference_high:+.3f}]" if pd.notna(row.difference_low) else ""
     return f"{row.difference:+.3f}{bounds}"

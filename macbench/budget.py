@@ -33,7 +33,8 @@ def fit(cfg: DictConfig, variants: list[Variant], tokens: int, shape: Shape) -> 
             try:
                 fitted.append(_at(variant, budget, tokens, shape))
             except ConfigError as error:
-                floors[variant.name, budget] = f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {error.allowed}"
+                said = error.allowed.removeprefix(variant.name).lstrip()
+                floors[variant.name, budget] = f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {said}"
     if floors:
         raise ConfigError("budget", cfg.budget, "; ".join(floors.values()))
     chosen = _given(cfg)

@@ -50,9 +50,8 @@ class Method:
         return None
 
     def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
-        """A copy whose own knob makes rho_bytes ``rho`` at ``tokens`` visible tokens, by its closed form; a ConfigError that names the
-        floor if none does."""
-        raise ConfigError("budget", rho, f"{type(self).__name__} has no budget knob")
+        """A copy whose own knob makes rho_bytes equal ``rho`` at ``tokens`` visible tokens; a ConfigError names the floor if it cannot."""
+        raise ConfigError("budget", rho, f"{type(self).__name__.lower()} has no knob that sets its budget")
 
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""

@@ -18,16 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import cli, environment, judging, loggers, partial, settings
+from macbench import budget, cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
 from macbench.errors import ConfigError
 from macbench.generate import Answer, answers
-from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
+from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import drift, format_frame, format_table, summarise
-from macbench.tasks.base import Example, Task, count
+from macbench.summary import drift, summarise
+from macbench.tables import format_frame, format_summary
+from macbench.tasks.base import Example, Task, count, guesses
 
 # Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
 # Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
@@ -50,6 +51,10 @@ def run(cfg: DictConfig) -> int:
     variants = settings.build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
+    resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
+    if cfg.budget is not None:
+        variants = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     for subtask in task.subtasks:
@@ -57,9 +62,10 @@ def run(cfg: DictConfig) -> int:
 
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
+    directory = open_directory(cfg, task, resolved)
     todo = pending(task, cfg.limit, variants, directory.done())
-    for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
+    cautions = [v.method.caution(ctx) for v in variants] + [budget.untouched(variants) if cfg.budget is not None else None]
+    for note in dict.fromkeys(filter(None, cautions)):
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
@@ -74,6 +80,8 @@ def run(cfg: DictConfig) -> int:
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
+    for note in budget.misses(table, variants):
+        print(f"macbench: note: {note}", file=sys.stderr)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
     unjudged = 0
     if hasattr(task, "checks"):
@@ -250,10 +258,10 @@ def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Varian
 def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
     samples = asked(directory, task, limit, variants)
-    table = summarise(samples)
+    table = summarise(samples, guesses(task, samples))
     directory.write_text("summary.json", table.to_json(orient="records", indent=1))
     print(protocol_card(task.protocol()), file=sys.stderr)
-    print(format_table(table))
+    print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))

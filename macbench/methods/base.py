@@ -49,6 +49,10 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
+    def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
+        """A copy whose own knob makes rho_bytes equal ``rho`` at ``tokens`` visible tokens; a ConfigError names the floor if it cannot."""
+        raise ConfigError("budget", rho, f"{type(self).__name__.lower()} has no knob that sets its budget")
+
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
         if getattr(self, "shape", None) != shape:

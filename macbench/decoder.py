@@ -25,7 +25,7 @@ class Decoder:
         self.ledger = Ledger(shape)
         self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.logits = self.chosen = None
-        self._wants_graph = graph and torch.device(shape.device).type == "cuda"
+        self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._session = nullcontext()
 

@@ -1,6 +1,6 @@
-"""Products of a decode step (shapes of Llama-3.1-8B, bf16) beside torch's: microseconds and bandwidth by graph replay, weights larger than the L2.
+"""The matrix products of decode layers (shapes of Llama-3.1-8B, bf16) as one captured chain, beside torch's: microseconds per layer.
 
-python kernels/benchmarks/linear.py [sweep]      sweep: also other tiles than the default
+python kernels/benchmarks/linear.py [sweep]      sweep: also other tiles than the default, one product at a time
 """
 
 import sys
@@ -10,36 +10,27 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from macbench_kernels.triton_linear import linear
+from macbench_kernels.triton_linear import linear, scale
 
-# name: outputs, inputs, gated, norm
-SHAPES = {
-    "qkv": (6144, 4096, False, True), "out": (4096, 4096, False, False), "gate_up": (14336, 4096, True, True),
-    "down": (4096, 14336, False, False), "head": (128256, 4096, False, True),
-}  # fmt: skip
-TILES = [
-    (16, 256, 4, 4),
-    (16, 512, 3, 4),
-    (16, 128, 6, 4),
-    (16, 256, 4, 2),
-    (32, 256, 3, 4),
-    (32, 128, 5, 4),
-    (64, 128, 4, 4),
-    (64, 64, 6, 4),
-    (64, 256, 3, 8),
-]
+LAYERS, HIDDEN, WIDE, QKV, EPS = 8, 4096, 14336, 6144, 1e-5
+BYTES = 2 * HIDDEN * (QKV + HIDDEN + 3 * WIDE)
 NEW = {"device": "cuda", "dtype": torch.bfloat16}
+TILES = {
+    "qkv": [(16, 256, 4, 2), (16, 256, 4, 4), (16, 512, 3, 2), (32, 256, 4, 4), (16, 128, 6, 2)],
+    "out": [(16, 256, 4, 2), (16, 512, 3, 2), (16, 128, 8, 2), (32, 128, 6, 4)],
+    "gate_up": [(16, 256, 3, 2), (16, 256, 4, 4), (32, 256, 3, 4), (32, 128, 5, 4), (16, 128, 5, 2), (64, 64, 5, 4)],
+    "down": [(16, 256, 4, 2), (16, 512, 3, 2), (16, 512, 4, 4), (16, 256, 6, 2), (32, 256, 4, 4)],
+}
+AHEAD = (0, 2, 8, 32)
 
 
-def microseconds(calls, rounds: int = 15) -> float:
-    """Median time of one call out of a graph of all of them."""
-    for call in calls[:2]:
-        call()
+def microseconds(call, rounds: int = 15) -> float:
+    """Median time per layer of a captured chain."""
+    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        call()
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,27 +38,70 @@ def microseconds(calls, rounds: int = 15) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
     return median(times[2:])
 
 
-for name, (n, k, gated, norm) in SHAPES.items():
-    size = n * k * 2 * (1 + gated)
-    weights = [torch.randn(n * (1 + gated), k, **NEW) for _ in range(max(2, (600 << 20) // size))]
-    gain = torch.ones(k, **NEW) if norm else None
-    for rows in (1, 4, 16, 64):
-        x = torch.randn(rows, k, **NEW)
-        residual = None if norm else torch.randn(rows, n, **NEW)
+weights = [
+    {"qkv": torch.randn(QKV, HIDDEN, **NEW), "out": torch.randn(HIDDEN, HIDDEN, **NEW), "gate_up": torch.randn(2 * WIDE, HIDDEN, **NEW),
+     "down": torch.randn(HIDDEN, WIDE, **NEW)}
+    for _ in range(LAYERS)
+]  # fmt: skip
+gain = torch.ones(HIDDEN, **NEW)
 
-        def show(label, calls, size=size, rows=rows, name=name):
-            try:
-                time = microseconds(calls)
-                print(f"{name:<8} {rows:>3} rows  {label:<24} {time:8.2f} us  {size / time / 1e6:5.2f} TB/s", flush=True)
-            except Exception as error:  # a tile that does not fit
-                print(f"{name:<8} {rows:>3} rows  {label:<24} {str(error).splitlines()[0][:80]}", flush=True)
 
-        show("torch", [lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
-        show("linear", [lambda w=w: linear(x, w, residual=residual, gain=gain, gated=gated) for w in weights])
-        for bn, bk, stages, warps in TILES if "sweep" in sys.argv and rows in (1, 64) else ():
-            knobs = {"block_n": bn, "block_k": bk, "stages": stages, "warps": warps}
-            show(str((bn, bk, stages, warps)), [lambda w=w: linear(x, w, residual=residual, gain=gain, gated=gated, **knobs) for w in weights])
+def ours(rows: int, knobs: dict):
+    x = torch.randn(rows, HIDDEN, **NEW)
+
+    def run():
+        hidden, scaled = x, scale(x, gain)
+        for w in weights:
+            qkv = linear(scaled, w["qkv"], eps=EPS, **knobs.get("qkv", {}))
+            hidden, scaled = linear(qkv[:, :HIDDEN].contiguous(), w["out"], residual=hidden, gain=gain, **knobs.get("out", {}))
+            gates = linear(scaled, w["gate_up"], eps=EPS, gated=True, **knobs.get("gate_up", {}))
+            hidden, scaled = linear(gates, w["down"], residual=hidden, gain=gain, **knobs.get("down", {}))
+
+    return run
+
+
+def torchs(rows: int):
+    x = torch.randn(rows, HIDDEN, **NEW)
+    product = torch.nn.functional.linear
+
+    def run():
+        for w in weights:
+            qkv = product(x, w["qkv"])
+            middle = product(qkv[:, :HIDDEN].contiguous(), w["out"])
+            product(product(middle, w["gate_up"])[:, :WIDE].contiguous(), w["down"])
+
+    return run
+
+
+def show(label: str, call) -> float:
+    try:
+        time = microseconds(call)
+    except Exception as error:  # a tile that does not fit
+        print(f"{label:<44} {str(error).splitlines()[0][:80]}", flush=True)
+        return float("inf")
+    print(f"{label:<44} {time:8.2f} us a layer  {BYTES / time / 1e6:5.2f} TB/s", flush=True)
+    return time
+
+
+for rows in (1, 4, 16, 64):
+    show(f"{rows} rows, torch (products alone)", torchs(rows))
+    if rows <= 16:
+        show(f"{rows} rows, linear (norms, SwiGLU, residuals)", ours(rows, {}))
+if "sweep" in sys.argv:
+    best: dict = {}
+    for ahead in AHEAD:
+        show(f"ahead {ahead}", ours(1, {name: {"ahead": ahead} for name in TILES}))
+    for name, tiles in TILES.items():
+        found = {}
+        for tile in tiles:
+            knobs = dict(zip(("block_n", "block_k", "stages", "warps"), tile, strict=True))
+            found[show(f"{name} {tile}", ours(1, best | {name: knobs}))] = knobs
+        best[name] = found[min(found)]
+    show("best of each", ours(1, best))
+    for ahead in AHEAD:
+        show(f"best of each, ahead {ahead}", ours(1, {name: knobs | {"ahead": ahead} for name, knobs in best.items()}))
+    print(best)

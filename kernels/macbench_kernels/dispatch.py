@@ -19,6 +19,7 @@ class Kernels:
 
     ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
     with lse. ``mac_step``: a whole MAC step. ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step.
+    ``captures``: whether a CUDA graph may capture its calls.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Kernels:
     causal: Callable
     mac_step: Callable
     plan: Callable | None = None
+    captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -40,7 +42,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
         step = compose(torch_backend.match, torch_backend.attend)
-        return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step)
+        return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step, captures=False)
     if backend == "flashinfer":
         from macbench_kernels.flashinfer_backend import with_flashinfer
 

@@ -16,8 +16,8 @@ from macbench.latency.synthetic import SyntheticMAC
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
 
-# Steps before the clock starts, and steps under the profiler.
-_WARM, _PROFILED = 4, 4
+# Steps before the clock starts, and those that show where the time goes.
+_WARM, _PROFILED = 4, 8
 COLUMNS = (
     "model", "random_weights", "synthetic", "method", "backend", "forward", "mode", "ctx", "batch", "window", "band", "tau",
     "hit_rate", "misses", "hit_rate_measured", "steps", "prefill_s", "first_token_s", "tpot_ms", "tpot_p50_ms", "tpot_p95_ms", "tokens_per_s",
@@ -172,7 +172,7 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
             if load is not None:
                 method.load(ctx, total - ctx, *load, seed)
         seconds = _clocked(decoder, _WARM + steps)[_WARM:]
-        made |= breakdown(lambda: (decoder.before(), decoder.step()), _PROFILED)
+        made |= breakdown(engine, decoder)
         counts = decoder.ledger.counts()
         decoder.stop()
     timed = {key: values[_WARM : _WARM + steps] for key, values in counts.items()}

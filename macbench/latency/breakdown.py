@@ -1,33 +1,53 @@
-"""Where the time of a decode step goes, from the profiler's kernel records."""
+"""Where the time of a decode step goes, by leaving parts out: the step, the step without attention, the matrix products alone.
+
+Kernels overlap (each may start while its predecessor ends), so their own durations do not add up; differences of whole steps do.
+"""
 
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
-# Parts of kernel names; what matches neither is the rest (norms outside of products, sampling, bookkeeping).
-_ATTENTION = ("_attend", "_merge_pieces", "_scan", "_append", "_report", "Decode", "Prefill", "Persistent", "flash", "fmha", "attention")
-_PRODUCTS = ("_linear", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitK")
+from macbench.engine import Engine
+from macbench.methods.base import Method
+
+_REPEATS = 8
 
 
-def breakdown(step: Callable[[], None], count: int) -> dict[str, float | None]:
-    """Milliseconds per step that kernels of each kind ran; with dependent launches they overlap a little, so the sum may exceed the step's time."""
+class Idle(Method):
+    """No attention at all: the queries are the output."""
+
+    def attend(self, layer, q_pre, q, cache):
+        return q
+
+
+@torch.inference_mode()
+def breakdown(engine: Engine, decoder) -> dict[str, float | None]:
+    """Milliseconds of device time per step. ``decoder`` is at work and has room for a few steps more; the engine's pool has a few pages left."""
     names = ("attention_ms", "products_ms", "rest_ms")
-    if not torch.cuda.is_available():
+    products = getattr(engine.forward, "products", None)
+    if products is None or not torch.cuda.is_available():
         return dict.fromkeys(names)
-    from torch.profiler import ProfilerActivity, profile
+    batch = decoder.shape.batch
+    idle = engine.decoder(Idle(), batch)
+    idle.start_at(1, _REPEATS)
+    graph = torch.cuda.CUDAGraph()
+    products(batch)
+    with torch.cuda.graph(graph):
+        products(batch)
+    whole, rest, alone = _milliseconds(decoder.step, decoder.before), _milliseconds(idle.step, idle.before), _milliseconds(graph.replay)
+    idle.stop()
+    return dict(zip(names, (whole - rest, alone, rest - alone), strict=True))
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(count):
-            step()
+
+def _milliseconds(step: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
         torch.cuda.synchronize()
-    sums = dict.fromkeys(names, 0.0)
-    for event in profiler.key_averages():
-        kind = "rest_ms"
-        # _rotate_append belongs to the rest: it is what the attention is given.
-        if any(part in event.key for part in _ATTENTION) and "_rotate" not in event.key:
-            kind = "attention_ms"
-        elif any(part in event.key for part in _PRODUCTS):
-            kind = "products_ms"
-        sums[kind] += event.self_device_time_total / 1e3 / count
-    return sums if sum(sums.values()) else dict.fromkeys(names)
+        times.append(start.elapsed_time(end))
+    return median(times[1:])

@@ -19,13 +19,15 @@ class SyntheticMAC(MAC):
     def load(self, ctx: int, steps: int, hit_rate: float, misses: str, max_gap: int, seed: int) -> None:
         """Rings full of normal queries and states as of ``ctx`` tokens, and queries for ``steps`` steps."""
         s = self.shape
-        cell = Cell(s.q_heads, s.kv_heads, s.batch, ctx + 1, s.head_dim, 16, self.window, self.band, self.tau, max_gap, s.dtype)
+        cell = Cell(
+            s.q_heads, s.kv_heads, s.batch, ctx + 1, s.head_dim, window=self.window, band=self.band, tau=self.tau, max_gap=max_gap, dtype=s.dtype
+        )
         generator = torch.Generator(s.device).manual_seed(seed)
 
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=s.device, dtype=torch.float32).to(s.dtype)
 
-        problem = SimpleNamespace(cell=cell, steps=steps, layers=s.layers, generator=generator, device=s.device, normal=normal)
+        problem = SimpleNamespace(cell=cell, steps=steps, rings=s.layers, generator=generator, device=s.device, normal=normal)
         self.stream = Stream(problem, hit_rate, misses, self.rings).queries
 
     def between_steps(self, cache):

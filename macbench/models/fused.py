@@ -1,4 +1,4 @@
-"""A decode step of Llama-like models by fused kernels: seven launches a layer around the same weights, attention included.
+"""A decode step of Llama-like models by fused kernels: few launches a layer around the same weights.
 
 Serves decoders whose layers are norm, attention with RoPE, norm, SwiGLU: Llama, Mistral, Qwen2 (biases), Qwen3 (norms of queries and keys).
 A mixture of experts keeps transformers' own module for its experts. Module names stay; the weights of q, k, v and of gate, up become
@@ -15,7 +15,7 @@ from macbench_kernels import PagedKVCache
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # RoPE whose angles depend on the position alone, not on the length of the text.
 _ROPES = ("default", "linear", "llama3", "yarn", "proportional")
-MAX_BATCH = 64  # rows of kernels.linear
+MAX_BATCH = 512  # beyond, a step is a small prefill
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -71,23 +71,66 @@ class Fused:
         yield
 
     def step(self, tokens: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        from macbench_kernels.triton_linear import linear
+        from macbench_kernels.triton_linear import MAX_ROWS
+
+        hidden = self.network.get_input_embeddings()(tokens)
+        return self._few(hidden, cache) if len(tokens) <= MAX_ROWS else self._many(hidden, cache)
+
+    def _few(self, hidden: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Every product streams its weights once, and norms are part of the products: five launches a layer, and the attention."""
+        from macbench_kernels.triton_linear import linear, scale
         from macbench_kernels.triton_rope import rotate_append
 
-        eps = self.eps
-        hidden = self.network.get_input_embeddings()(tokens)
+        eps, head = self.eps, self.network.get_output_embeddings()
+        scaled = scale(hidden, self.layers[0].module.input_layernorm.weight)
         for i, layer in enumerate(self.layers):
-            qkv = linear(hidden, layer.qkv, layer.bias, gain=layer.module.input_layernorm.weight, eps=eps)
+            after = self.layers[i + 1].module.input_layernorm if i + 1 < len(self.layers) else self.network.base_model.norm
+            qkv = linear(scaled, layer.qkv, layer.bias, eps=eps)
             q_pre, q = rotate_append(qkv, self.cos, self.sin, cache, i, self.heads, layer.gains, eps)
-            hidden = linear(self.attend(i, q_pre, q).flatten(1), layer.out, residual=hidden)
+            middle = layer.module.post_attention_layernorm
+            hidden, scaled = linear(self.attend(i, q_pre, q).flatten(1), layer.out, residual=hidden, gain=middle.weight)
             if layer.gate_up is None:
-                mixed = layer.module.mlp(layer.module.post_attention_layernorm(hidden)[:, None])
-                hidden = hidden + (mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
-                continue
-            gates = linear(hidden, layer.gate_up, gain=layer.module.post_attention_layernorm.weight, eps=eps, gated=True)
-            hidden = linear(gates, layer.down, residual=hidden)
-        head = self.network.get_output_embeddings()
-        return linear(hidden, head.weight, head.bias, gain=self.network.base_model.norm.weight, eps=eps, dtype=torch.float32)
+                hidden = hidden + _experts(layer.module.mlp, middle(hidden))
+                scaled = scale(hidden, after.weight)
+            else:
+                gates = linear(scaled, layer.gate_up, eps=eps, gated=True)
+                hidden, scaled = linear(gates, layer.down, residual=hidden, gain=after.weight)
+        return linear(scaled, head.weight, head.bias, eps=eps, dtype=torch.float32)
+
+    def _many(self, hidden: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """torch's products, and one launch for each thing in between."""
+        from macbench_kernels.triton_rope import rotate_append
+        from macbench_kernels.triton_rows import rms_norm, swiglu
+
+        eps, head = self.eps, self.network.get_output_embeddings()
+        for i, layer in enumerate(self.layers):
+            qkv = torch.nn.functional.linear(rms_norm(hidden, layer.module.input_layernorm.weight, eps), layer.qkv, layer.bias)
+            q_pre, q = rotate_append(qkv, self.cos, self.sin, cache, i, self.heads, layer.gains, eps)
+            hidden = torch.addmm(hidden, self.attend(i, q_pre, q).flatten(1), layer.out.T)
+            normed = rms_norm(hidden, layer.module.post_attention_layernorm.weight, eps)
+            if layer.gate_up is None:
+                hidden = hidden + _experts(layer.module.mlp, normed)
+            else:
+                hidden = torch.addmm(hidden, swiglu(torch.nn.functional.linear(normed, layer.gate_up)), layer.down.T)
+        return head(rms_norm(hidden, self.network.base_model.norm.weight, eps)).float()
+
+    def products(self, rows: int) -> None:
+        """The matrix products of a step alone, on zeros; for the benchmark's breakdown. Those of a mixture of experts are left out."""
+        from macbench_kernels.triton_linear import MAX_ROWS, linear
+
+        weights = [(w, w is layer.gate_up) for layer in self.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down) if w is not None]
+        for weight, gated in [*weights, (self.network.get_output_embeddings().weight, False)]:
+            x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            if rows <= MAX_ROWS:
+                linear(x, weight, gated=gated)
+            else:
+                torch.nn.functional.linear(x, weight)
+
+
+def _experts(mlp: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
+    """A mixture of experts by transformers' module: [rows, hidden]."""
+    mixed = mlp(normed[:, None])
+    return (mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
 
 
 def _joined(layer: torch.nn.Module) -> _Layer:

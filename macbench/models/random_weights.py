@@ -23,6 +23,6 @@ def build(config: dict, device: str, dtype: torch.dtype, seed: int = 0) -> torch
             else:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
     # Its angles are a buffer that no state dict holds, so the empty one has lost them.
-    network.base_model.rotary_emb = type(network.base_model.rotary_emb)(config, device=device)
+    network.base_model.rotary_emb = type(network.base_model.rotary_emb)(config).to(device)
     network.tie_weights()
     return network.eval().requires_grad_(False)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from macbench_kernels import PagedKVCache, PagePool, UnsupportedError
-from macbench_kernels.triton_linear import linear
+from macbench_kernels.triton_linear import linear, scale
 from macbench_kernels.triton_rope import rotate_append
+from macbench_kernels.triton_rows import rms_norm, swiglu
 
 from tests.conftest import DEVICE
 
@@ -21,8 +22,8 @@ def distance(got, want):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 64), (3, 65, 72), (16, 128, 256), (17, 33, 576), (64, 16, 32)])
-@pytest.mark.parametrize("kind", ["plain", "bias", "norm residual", "norm gated"])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 64), (3, 65, 72), (16, 128, 256), (9, 33, 576)])
+@pytest.mark.parametrize("kind", ["plain", "bias", "norm", "norm gated", "norm residual and the next norm"])
 def test_products(dtype, rows, n, k, kind):
     torch.manual_seed(rows)
     x, weight, residual = normal(rows, k, dtype=dtype), normal(2 * n, k, dtype=dtype), normal(rows, n, dtype=dtype)
@@ -34,23 +35,33 @@ def test_products(dtype, rows, n, k, kind):
         assert got.dtype == torch.float32
     elif kind == "bias":
         got, want = linear(x, weight[:n], bias), exact @ w[:n].T + bias.double()
-    elif kind == "norm residual":
-        got, want = linear(x, weight[n:], residual=residual, gain=gain, eps=1e-3), normed @ w[n:].T + residual.double()
+    elif kind == "norm":
+        got, want = linear(scale(x, gain), weight[:n], eps=1e-3), normed @ w[:n].T
+        assert distance(rms_norm(x, gain, 1e-3), normed) < CLOSE[dtype]
+    elif kind == "norm gated":
+        joint = linear(x, weight, dtype=dtype)
+        assert distance(swiglu(joint), torch.nn.functional.silu(joint.double()[:, :n]) * joint.double()[:, n:]) < CLOSE[dtype]
+        got = linear(scale(x, gain), weight, eps=1e-3, gated=True)
+        want = torch.nn.functional.silu(normed @ w[:n].T) * (normed @ w[n:].T)
     else:
-        got, want = linear(x, weight, gain=gain, eps=1e-3, gated=True), torch.nn.functional.silu(normed @ w[:n].T) * (normed @ w[n:].T)
+        next_gain, other = normal(n, dtype=dtype), normal(24, n, dtype=dtype)
+        first, scaled = linear(x, weight[n:], residual=residual, gain=next_gain)
+        assert distance(first, exact @ w[n:].T + residual.double()) < CLOSE[dtype]
+        again = first.double() * torch.rsqrt((first.double() ** 2).mean(-1, keepdim=True) + 1e-3) * next_gain.double()
+        got, want = linear(scaled, other, eps=1e-3), again @ other.double().T
     assert distance(got, want) < CLOSE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others(dtype):
-    x, weight, gain = normal(64, 256, dtype=dtype), normal(96, 256, dtype=dtype), normal(256, dtype=dtype)
-    whole = linear(x[:16], weight, gain=gain, eps=1e-6)
-    for rows in (1, 5, 16):
-        assert torch.equal(linear(x[:rows].contiguous(), weight, gain=gain, eps=1e-6), whole[:rows])
+    x, weight, gain = normal(16, 256, dtype=dtype), normal(96, 256, dtype=dtype), normal(256, dtype=dtype)
+    whole = linear(scale(x, gain), weight, eps=1e-6)
+    for rows in (1, 5):
+        assert torch.equal(linear(scale(x[:rows].contiguous(), gain), weight, eps=1e-6), whole[:rows])
 
 
 def test_wrong_input_is_one_line():
-    for x, weight in ((normal(65, 32), normal(8, 32)), (normal(2, 32), normal(8, 16)), (normal(2, 32).double(), normal(8, 32).double())):
+    for x, weight in ((normal(17, 32), normal(8, 32)), (normal(2, 32), normal(8, 16)), (normal(2, 32).double(), normal(8, 32).double())):
         with pytest.raises(UnsupportedError) as error:
             linear(x, weight)
         assert "\n" not in str(error.value)

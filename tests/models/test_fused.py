@@ -35,7 +35,10 @@ def decoded(network, forward, method, prompts, steps=5):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("method", [Full(), MAC(min_context=0, window=16, band=4, tau=0.6)])
-def test_logits_are_those_of_the_modules(kind, method):
+@pytest.mark.parametrize("most", [16, 2])
+def test_logits_are_those_of_the_modules(kind, method, most, monkeypatch):
+    """Four rows, as few of them and as many."""
+    monkeypatch.setattr("macbench_kernels.triton_linear.MAX_ROWS", most)
     network = tiny(kind, torch.float32)
     want = decoded(network, Modules(network), method, PROMPTS)
     fused = Fused(network, 80)

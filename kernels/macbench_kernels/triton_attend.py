@@ -16,7 +16,7 @@ from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent,
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
-_MANY_UNITS = 32
+_MANY_UNITS, _VERY_MANY_UNITS = 32, 256
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -240,11 +240,12 @@ def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
 
     Block tables are loaded through the same pipeline, one step ahead, so that 5 stages hold 3 tiles of K and V and 3 stages hold 2.
     Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory. Long reads do best with one
-    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``.
+    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``;
+    for very many, three programs get in each other's way when they stream long prefixes.
     """
     if itemsize > 2:
         return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1}
-    stages, occupancy = (5, 1) if sides == 1 else (5, 2) if units < _MANY_UNITS else (3, 3)
+    stages, occupancy = (5, 1) if sides == 1 else (3, 3) if _MANY_UNITS <= units < _VERY_MANY_UNITS else (5, 2)
     if dim > 128:
         stages, occupancy = 3, 1
     return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy}

@@ -105,12 +105,14 @@ def tuning(n: int, k: int, gated: bool, itemsize: int, device: torch.device) -> 
     block_n = 64
     while block_n > 16 and triton.cdiv(n, block_n) < 2 * processors(device):
         block_n //= 2
-    block_k = 256
+    thin = block_n == 16
+    block_k = 512 if thin and not gated and k <= 8192 else 256
     while k % block_k and block_k > 64:
         block_k //= 2
+    stages = 3 if gated or block_k == 512 else 6 if thin else 4
     if itemsize > 2:
-        block_k = min(block_k, 64)
-    return {"block_n": block_n, "block_k": block_k, "stages": 4 if block_n < 64 or not gated else 3, "warps": 2 if block_n == 16 else 4, "ahead": 8}
+        block_k, stages = min(block_k, 64), 2
+    return {"block_n": block_n, "block_k": block_k, "stages": stages, "warps": 2 if thin else 4, "ahead": 8}
 
 
 def linear(

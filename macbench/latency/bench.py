@@ -1,5 +1,6 @@
 """Rows of task=decode: every method on the same weights and cache, one after the other in one process."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from statistics import quantiles
 from time import perf_counter
@@ -133,6 +134,7 @@ def _guard(function: Callable[[], dict]) -> dict:
     except (RuntimeError, NotImplementedError, ValueError, MemoryError) as error:
         return {"error": f"{type(error).__name__}: {_one_line(error)}"}
     finally:
+        gc.collect()  # decoders and what they attend with know each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -172,7 +174,7 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
             if load is not None:
                 method.load(ctx, total - ctx, *load, seed)
         seconds = _clocked(decoder, _WARM + steps)[_WARM:]
-        made |= breakdown(engine, decoder)
+        made |= breakdown(engine, decoder) if mode == "graph" else {}
         counts = decoder.ledger.counts()
         decoder.stop()
     timed = {key: values[_WARM : _WARM + steps] for key, values in counts.items()}

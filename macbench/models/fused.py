@@ -68,7 +68,10 @@ class Fused:
     @contextmanager
     def attending(self, attend) -> Iterator[None]:
         self.attend = attend
-        yield
+        try:
+            yield
+        finally:
+            self.attend = None  # it knows the decoder, and with it all the decoder's memory
 
     def step(self, tokens: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         from macbench_kernels.triton_linear import MAX_ROWS
@@ -152,10 +155,14 @@ def _joined(layer: torch.nn.Module) -> _Layer:
 
 def _join(parts: list[torch.nn.Linear]) -> torch.Tensor:
     """One matrix of the parts' rows; the parts become views of it, so that nothing is held twice."""
+    whole = getattr(parts[0], "joined_rows", None)
+    if whole is not None and whole.device == parts[0].weight.device and whole.data_ptr() == parts[0].weight.data_ptr():
+        return whole
     whole = torch.cat([part.weight.data for part in parts])
     start = 0
     for part in parts:
         rows = part.weight.shape[0]
         part.weight.data = whole[start : start + rows]
         start += rows
+    parts[0].joined_rows = whole
     return whole

@@ -6,12 +6,14 @@ It knows tensors only; no models, tasks, configuration or files.
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
+from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.state import State, empty_state, merge
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
     "BACKENDS",
+    "Codes",
     "Kernels",
     "MacParams",
     "MacStep",
@@ -20,6 +22,7 @@ __all__ = [
     "PagePool",
     "PagedKVCache",
     "Ring",
+    "Scheme",
     "State",
     "UnsupportedError",
     "empty_state",

@@ -15,10 +15,10 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, prefill and mac.
+    """What a backend offers; signatures and shapes are in torch_backend, prefill, mac and quantised.
 
     ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
-    with lse. ``mac_step``: a whole MAC step.
+    with lse. ``mac_step``: a whole MAC step. ``attend_quantised``, ``quantise_rows``: see quantised.
     """
 
     name: str
@@ -27,11 +27,13 @@ class Kernels:
     match: Callable
     causal: Callable
     mac_step: Callable
+    attend_quantised: Callable
+    quantise_rows: Callable
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, torch_backend
+    from macbench_kernels import prefill, quantised, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -39,13 +41,19 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
         step = compose(torch_backend.match, torch_backend.attend)
-        return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step)
+        return Kernels(
+            *("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step),
+            *(quantised.attend_quantised, quantised.quantise_rows),
+        )
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match
+        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    return Kernels("triton", triton_attend.attend, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step)
+    return Kernels(
+        *("triton", triton_attend.attend, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step),
+        *(triton_quantised.attend_quantised, triton_quantised.quantise_rows),
+    )

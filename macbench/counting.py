@@ -118,6 +118,26 @@ class Ledger:
         self._report(("logical", tuple(logical.shape)), layer, logical)
         self._report(("physical", tuple(physical.shape)), layer, physical)
 
+    def selected(self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True) -> None:
+        """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
+
+        Also 4 bytes of idx per id, unless ``indexed`` is False. A set of everything is dense attention and needs no list.
+        """
+        b, sets, n = ids.shape
+        group = self.shape.q_heads // self.shape.kv_heads
+        rows = (lengths[:, None, None] - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # [B, R, n] per id
+        held = rows.sum(-1)
+        if sets == self.shape.kv_heads:
+            self.tokens(layer, held * group, held)
+        else:  # an id of several heads of a group counts once: the first of its kind after sorting
+            beyond = torch.iinfo(ids.dtype).max
+            order = torch.where(rows > 0, ids, beyond).view(b, self.shape.kv_heads, group * n).sort(-1).values
+            first = torch.cat([torch.ones_like(order[..., :1], dtype=torch.bool), order[..., 1:] != order[..., :-1]], -1) & (order != beyond)
+            union = (lengths[:, None, None] - torch.where(first, order, 0) * unit).clamp(0, unit) * first
+            self.tokens(layer, held, union.sum(-1))
+        if indexed:
+            self.add(layer, "idx", 4, counts * (held < lengths[:, None]))
+
     def matched(self, layer: int, hit: torch.Tensor, depth: torch.Tensor) -> None:
         """Reuse: hit bool [B, Hq], and chain depth int32 [B, Hq] of the entry that this step leaves behind."""
         self._report(("hits",), layer, hit)

@@ -17,12 +17,14 @@ class UnsupportedError(ValueError):
 class Kernels:
     """What a backend offers; signatures and shapes are in torch_backend, prefill, mac and quantised.
 
-    ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
-    with lse. ``mac_step``: a whole MAC step. ``attend_quantised``, ``quantise_rows``: see quantised.
+    ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
+    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     """
 
     name: str
     attend: Callable
+    attend_selected: Callable
     full: Callable
     match: Callable
     causal: Callable
@@ -40,20 +42,34 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if backend == "auto":
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
-        step = compose(torch_backend.match, torch_backend.attend)
+        t = torch_backend
         return Kernels(
-            *("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step),
-            *(quantised.attend_quantised, quantised.quantise_rows),
+            "torch",
+            attend=t.attend,
+            attend_selected=t.attend_selected,
+            full=t.full,
+            match=t.match,
+            causal=prefill.causal,
+            mac_step=compose(t.match, t.attend),
+            attend_quantised=quantised.attend_quantised,
+            quantise_rows=quantised.quantise_rows,
         )
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised
+        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised, triton_selected
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
     return Kernels(
-        *("triton", triton_attend.attend, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step),
-        *(triton_quantised.attend_quantised, triton_quantised.quantise_rows),
+        "triton",
+        attend=triton_attend.attend,
+        attend_selected=triton_selected.attend_selected,
+        full=triton_attend.full,
+        match=triton_match.match,
+        causal=prefill.causal,
+        mac_step=triton_mac.mac_step,
+        attend_quantised=triton_quantised.attend_quantised,
+        quantise_rows=triton_quantised.quantise_rows,
     )

@@ -37,7 +37,7 @@ def _dequantised(
     if SYMMETRIC:
         codes -= 1 << (BITS - 1)
     # Groups as wide as the head fill the padded width too.
-    WIDE: tl.constexpr = DIM if CHANNELS == dim else CHANNELS
+    WIDE: tl.constexpr = DIM if dim == CHANNELS else CHANNELS
     row = first // TOKENS + tl.arange(0, BLOCK // TOKENS)
     column = tl.arange(0, DIM // WIDE)
     at = row[:, None] * (dim // CHANNELS) + column[None, :]

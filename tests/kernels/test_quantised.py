@@ -78,7 +78,7 @@ def restored(scheme, x):
         for j in range(0, x.shape[1], scheme.channels):
             group = x[i : i + scheme.tokens, j : j + scheme.channels].double()
             if scheme.symmetric:
-                scale = max(float((group.abs().max().float() / 127)), 1e-6)
+                scale = max(float(group.abs().max().float() / 127), 1e-6)
                 out[i : i + scheme.tokens, j : j + scheme.channels] = (group / scale).round().clamp(-128, 127) * scale
                 continue
             zero, scale = group.min().half().double(), ((group.max() - group.min()).float() / (2**scheme.bits - 1)).half().double()

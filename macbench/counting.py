@@ -113,10 +113,13 @@ class Ledger:
         kind = tuple(units.shape) if isinstance(units, torch.Tensor) else units
         self._report(("bytes", category, turn, per, kind), layer, units)
 
-    def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor) -> None:
-        """K and V rows that are not spans: tokens summed over query heads, rows summed over KV heads (union over a group); int [B, ...] each."""
+    def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor, plain: bool = True) -> None:
+        """K and V rows that are not spans: tokens summed over query heads, rows summed over KV heads (union over a group); int [B, ...] each.
+
+        Not ``plain``: the rows are stored in another precision, and the method adds their bytes itself, to the category kv.
+        """
         self._report(("logical", tuple(logical.shape)), layer, logical)
-        self._report(("physical", tuple(physical.shape)), layer, physical)
+        self._report(("physical" if plain else "rows", tuple(physical.shape)), layer, physical)
 
     def selected(self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True) -> None:
         """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
@@ -152,7 +155,7 @@ class Ledger:
     def end_step(self) -> None:
         """Close the accounts of the step; device work only."""
         s = self.shape
-        sums = {c: torch.zeros(s.layers, s.batch, dtype=torch.int64, device=s.device) for c in (*CATEGORIES, "logical", "physical")}
+        sums = {c: torch.zeros(s.layers, s.batch, dtype=torch.int64, device=s.device) for c in (*CATEGORIES, "logical", "physical", "rows")}
         for key, found in self._reports.items():
             kind = key[0]
             layers = tuple(found)
@@ -204,8 +207,9 @@ class Ledger:
         if "spans" in found:
             more = span_tokens(found["spans"], s.kv_heads)
             logical, physical = logical + more[0], physical + more[1]
-        part["tokens_log"], part["tokens_phys"] = logical, physical
+        part["tokens_log"] = logical
         part["bytes_kv"] = part["bytes_kv"] + physical * s.kv_row_bytes
+        part["tokens_phys"] = physical + found.get("rows", nothing)
         part["bytes_write"] = part["bytes_write"] + s.kv_heads * s.kv_row_bytes  # the new K/V row, whatever the method
         lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)
         part["tokens_log_full"], part["tokens_phys_full"] = lengths * s.q_heads, lengths * s.kv_heads

@@ -4,7 +4,7 @@ The prompt's KV is computed exactly and once; every method decodes on a fork of 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -78,7 +78,7 @@ class Engine:
 
     def __init__(self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096):
         self.network, self.kernels, self.ctx, self.chunk = network, kernels, ctx, chunk
-        self.shape = attention_shape(network)
+        self.shape = replace(attention_shape(network), max_tokens=ctx)
         s = self.shape
         pages = -(-ctx // page_size) + _SPARE_PAGES
         self.pool = PagePool(s.layers, s.kv_heads, s.head_dim, pages, page_size, s.dtype, s.device)

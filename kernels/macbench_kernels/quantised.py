@@ -4,6 +4,7 @@ One scheme serves all methods, because they differ only in the shape of a group 
 KIVI's keys are 32 x 1 (per channel), its values 1 x 32 (per token), INT8 is 1 x d (per token and head).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from macbench_kernels.state import State, empty_state
 
 # Smallest scale of symmetric codes; vLLM's per-token-head INT8.
 SMALLEST_SCALE = 1e-6
+# Tokens that are quantised at once, a multiple of every group: bounds the memory of the float32 and int64 intermediates.
+_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class Codes:
     zero: torch.Tensor | None
 
     @classmethod
-    def create(cls, scheme: Scheme, batch: int, kv_heads: int, room: int, head_dim: int, buffer) -> "Codes":
-        """For ``room`` tokens, rounded up to whole groups. ``buffer(name, *size, dtype=)`` gives zeroed memory."""
+    def create(cls, scheme: Scheme, batch: int, kv_heads: int, room: int, head_dim: int, buffer: Callable, prefix: str = "") -> "Codes":
+        """For ``room`` tokens, rounded up to whole groups. ``buffer(name, *size, dtype=)`` gives zeroed memory, names begin with ``prefix``."""
         if scheme.bits not in (2, 4, 8) or head_dim % scheme.per_word or head_dim % scheme.channels:
             raise UnsupportedError(
                 f"head_dim={head_dim} with {scheme.bits}-bit codes in groups of {scheme.channels} channels: "
@@ -104,9 +107,9 @@ class Codes:
         parameter = torch.float32 if scheme.symmetric else torch.float16
         return cls(
             scheme,
-            buffer("words", batch, kv_heads, groups * scheme.tokens, head_dim // scheme.per_word, dtype=torch.int32),
-            buffer("scale", *size, dtype=parameter),
-            None if scheme.symmetric else buffer("zero", *size, dtype=parameter),
+            buffer(f"{prefix} words", batch, kv_heads, groups * scheme.tokens, head_dim // scheme.per_word, dtype=torch.int32),
+            buffer(f"{prefix} scale", *size, dtype=parameter),
+            None if scheme.symmetric else buffer(f"{prefix} zero", *size, dtype=parameter),
         )
 
     def write(self, request: int, start: int, x: torch.Tensor) -> None:
@@ -117,6 +120,12 @@ class Codes:
         self.scale[request, :, start // size : stop // size] = scale
         if zero is not None:
             self.zero[request, :, start // size : stop // size] = zero
+
+    def copy(self, cache: PagedKVCache, layer: int, side: int, request: int, start: int, stop: int) -> None:
+        """Quantise the tokens [start, stop) of a request out of the cache, keys (side 0) or values (side 1); both multiples of the group's tokens."""
+        for first in range(start, stop, _CHUNK):
+            pieces = cache.slice(layer, request, first, min(first + _CHUNK, stop))
+            self.write(request, first, torch.cat([piece[side] for piece in pieces], 1))
 
     def read(self, request: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised tokens [0, stop) of a request: [Hkv, stop, d]."""

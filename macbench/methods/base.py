@@ -1,6 +1,6 @@
 """What a method is: three calls, and a report of every byte it reads. A method knows the kernel layer and nothing above it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from macbench_kernels import Kernels, PagedKVCache
@@ -49,6 +49,10 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
+    def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
+        """A copy whose own knob makes rho_bytes equal ``rho`` at ``tokens`` visible tokens; a ConfigError names the floor if it cannot."""
+        raise ConfigError("budget", rho, f"{type(self).__name__.lower()} has no knob that sets its budget")
+
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
         if getattr(self, "shape", None) != shape:
@@ -83,3 +87,12 @@ def require(holds: bool, method: str, key: str, value: object, allowed: str) -> 
 
 def is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def fixed_ratio(rho: float, choices: dict[float, Method], name: str) -> Method:
+    """``fit`` of a method that has only a few possible values of rho_bytes, the keys of ``choices``: the nearest, if within 10% of ``rho``."""
+    nearest = min(choices, key=lambda ratio: abs(ratio - rho))
+    if abs(nearest - rho) > 0.1 * rho:
+        possible = " or ".join(f"{ratio:.3f}" for ratio in sorted(choices))
+        raise ConfigError("budget", rho, f"{name} reads {possible} of full attention's bytes at this length; its floor is {min(choices):.3f}")
+    return replace(choices[nearest])

@@ -50,6 +50,7 @@ class Driver:
     def grow(self) -> int:
         """Make the next token visible; returns its position."""
         t = self.cache.host_lengths[0]
+        self.method.between_steps(self.cache)
         self.cache.extend(1)
         self.cache.append(0, self.stream.k[None, :, t : t + 1], self.stream.v[None, :, t : t + 1])
         self.ledger.begin_step(self.cache.host_lengths)

@@ -15,11 +15,12 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, prefill, mac and quantised.
+    """What a backend offers; signatures and shapes are in torch_backend, prefill, mac, quantised and scores.
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
+    ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
     """
 
     name: str
@@ -31,11 +32,13 @@ class Kernels:
     mac_step: Callable
     attend_quantised: Callable
     quantise_rows: Callable
+    column_sums: Callable
+    probabilities: Callable
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, quantised, torch_backend
+    from macbench_kernels import prefill, quantised, scores, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -53,13 +56,15 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             mac_step=compose(t.match, t.attend),
             attend_quantised=quantised.attend_quantised,
             quantise_rows=quantised.quantise_rows,
+            column_sums=scores.column_sums,
+            probabilities=scores.probabilities,
         )
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised, triton_selected
+        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised, triton_scores, triton_selected
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
     return Kernels(
@@ -72,4 +77,6 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         mac_step=triton_mac.mac_step,
         attend_quantised=triton_quantised.attend_quantised,
         quantise_rows=triton_quantised.quantise_rows,
+        column_sums=triton_scores.column_sums,
+        probabilities=triton_scores.probabilities,
     )

@@ -121,13 +121,19 @@ class Ledger:
         self._report(("logical", tuple(logical.shape)), layer, logical)
         self._report(("physical" if plain else "rows", tuple(physical.shape)), layer, physical)
 
-    def selected(self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True) -> None:
+    def selected(
+        self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True, rows: torch.Tensor | None = None
+    ) -> None:
         """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
 
         Also 4 bytes of idx per id, unless ``indexed`` is False. A set of everything is dense attention and needs no list.
+        ``rows``: int32 [B, Hkv], the union over each group if the method knows it; all ids are then visible tokens and need no look.
         """
         b, sets, n = ids.shape
         group = self.shape.q_heads // self.shape.kv_heads
+        if rows is not None:
+            self.tokens(layer, counts * (self.shape.q_heads // sets), rows)
+            return
         rows = (lengths[:, None, None] - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # [B, R, n] per id
         held = rows.sum(-1)
         if sets == self.shape.kv_heads:

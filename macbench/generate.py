@@ -56,7 +56,8 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
     fresh = [i for i in range(len(calls)) if i not in found]
     if fresh:
         keep = max(variants[i].method.prompt_queries for i in fresh)
-        prompt = _attempt(engine, lambda: engine.prefill(example.input_ids, keep, rate("prefill")))
+        sums = any(variants[i].method.prompt_column_sums for i in fresh)
+        prompt = _attempt(engine, lambda: engine.prefill(example.input_ids, keep, rate("prefill"), sums))
         try:
             for i in fresh:
                 found[i] = prompt if isinstance(prompt, Exception) else _attempt(engine, lambda i=i: calls[i].on(prompt))
@@ -84,7 +85,8 @@ class Call:
         if earlier is not None and earlier.finish_reason != "unfinished":
             return self._answer(earlier, 0.0)
         ids = self.example.input_ids + (earlier.tokens[:-1] if earlier else [])
-        prompt = self.engine.prefill(ids, self.variant.method.prompt_queries, self.rate("prefill"))
+        method = self.variant.method
+        prompt = self.engine.prefill(ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
         try:
             return self.on(prompt)
         finally:

@@ -15,10 +15,11 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, prefill and mac.
+    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill and mac.
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
-    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step. ``extend_bounds``, ``row_scores``,
+    ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
     """
 
     name: str
@@ -28,11 +29,14 @@ class Kernels:
     match: Callable
     causal: Callable
     mac_step: Callable
+    extend_bounds: Callable
+    row_scores: Callable
+    token_scores: Callable
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, torch_backend
+    from macbench_kernels import prefill, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -40,16 +44,15 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
         step = compose(torch_backend.match, torch_backend.attend)
-        t = torch_backend
-        return Kernels("torch", t.attend, t.attend_selected, t.full, t.match, prefill.causal, step)
+        t, scores = torch_backend, (summaries.extend_bounds, summaries.row_scores, summaries.token_scores)
+        return Kernels("torch", t.attend, t.attend_selected, t.full, t.match, prefill.causal, step, *scores)
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_selected
+        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_selected, triton_summaries
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    return Kernels(
-        "triton", triton_attend.attend, triton_selected.attend_selected, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step
-    )
+    t, scores = triton_attend, (triton_summaries.extend_bounds, triton_summaries.row_scores, triton_summaries.token_scores)
+    return Kernels("triton", t.attend, triton_selected.attend_selected, t.full, triton_match.match, prefill.causal, triton_mac.mac_step, *scores)

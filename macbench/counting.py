@@ -122,30 +122,20 @@ class Ledger:
         self._report(("physical" if plain else "rows", tuple(physical.shape)), layer, physical)
 
     def selected(
-        self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True, rows: torch.Tensor | None = None
-    ) -> None:
+        self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True,
+        all_keys: bool = False, rows: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
 
-        Also 4 bytes of idx per id, unless ``indexed`` is False. A set of everything is dense attention and needs no list.
-        ``rows``: int32 [B, Hkv], the union over each group if the method knows it; all ids are then visible tokens and need no look.
+        Also 4 bytes of idx per id, unless ``indexed`` is False; a set of everything is dense attention and needs no list. With ``all_keys``
+        the K of every visible token was read to choose whose V to read. The tensors must keep their content until the end of the step.
+        ``rows`` int32 [B, Hkv], of a method that keeps compact copies of visible tokens (unit 1, no index): the union over each group, which
+        it knows, so that nobody needs to look at the ids.
         """
-        b, sets, n = ids.shape
-        group = self.shape.q_heads // self.shape.kv_heads
         if rows is not None:
-            self.tokens(layer, counts * (self.shape.q_heads // sets), rows)
+            self.tokens(layer, counts * (self.shape.q_heads // counts.shape[1]), rows)
             return
-        rows = (lengths[:, None, None] - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # [B, R, n] per id
-        held = rows.sum(-1)
-        if sets == self.shape.kv_heads:
-            self.tokens(layer, held * group, held)
-        else:  # an id of several heads of a group counts once: the first of its kind after sorting
-            beyond = torch.iinfo(ids.dtype).max
-            order = torch.where(rows > 0, ids, beyond).view(b, self.shape.kv_heads, group * n).sort(-1).values
-            first = torch.cat([torch.ones_like(order[..., :1], dtype=torch.bool), order[..., 1:] != order[..., :-1]], -1) & (order != beyond)
-            union = (lengths[:, None, None] - torch.where(first, order, 0) * unit).clamp(0, unit) * first
-            self.tokens(layer, held, union.sum(-1))
-        if indexed:
-            self.add(layer, "idx", 4, counts * (held < lengths[:, None]))
+        self._report(("selected", unit, indexed, all_keys, tuple(ids.shape)), layer, (ids, counts, lengths))
 
     def matched(self, layer: int, hit: torch.Tensor, depth: torch.Tensor) -> None:
         """Reuse: hit bool [B, Hq], and chain depth int32 [B, Hq] of the entry that this step leaves behind."""
@@ -168,6 +158,10 @@ class Ledger:
             if kind in ("spans", "hits", "depth"):
                 self._keep(kind, layers, torch.stack(list(found.values())))
                 continue
+            if kind == "selected":
+                for name, amount in self._selection(key, *map(torch.stack, zip(*found.values(), strict=True))).items():
+                    sums[name].index_add_(0, self._index(layers), amount)
+                continue
             target, per = (sums[key[1]], key[3]) if kind == "bytes" else (sums[kind], 1)
             if isinstance(next(iter(found.values())), torch.Tensor):
                 units = torch.stack(list(found.values())).flatten(2) if len(key[-1]) > 1 else torch.stack(list(found.values()))[..., None]
@@ -183,6 +177,29 @@ class Ledger:
             self._window(name, total).index_copy_(0, self._at, total[None])
         self._at += 1
         self._reports.clear()
+
+    def _selection(self, key: tuple, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What sets amount to, int64 [layers, B] each; ids [layers, B, R, n], counts [layers, B, R], lengths [layers, B]."""
+        _, unit, indexed, all_keys, _ = key
+        s, (*lead, sets, n) = self.shape, ids.shape
+        visible = lengths[..., None, None]
+        rows = (visible - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # tokens of each id
+        held = rows.sum(-1)
+        logical, physical = held.sum(-1) * (s.q_heads // sets), held.sum(-1)
+        if sets != s.kv_heads:  # an id that several heads of a group chose is read once: count the first of its kind after sorting
+            beyond = torch.iinfo(ids.dtype).max
+            order = torch.where(rows > 0, ids, beyond).view(*lead, s.kv_heads, -1).sort(-1).values
+            fresh = torch.ones_like(order, dtype=torch.bool)
+            fresh[..., 1:] = order[..., 1:] != order[..., :-1]
+            fresh &= order != beyond
+            physical = ((visible - order.masked_fill(~fresh, 0) * unit).clamp(0, unit) * fresh).sum((-1, -2))
+        amounts = {"idx": 4 * (counts * (held < lengths[..., None])).sum(-1)} if indexed else {}
+        if all_keys:  # half a token for a key alone; what is left over of an odd number goes to the bytes
+            logical = (logical + s.q_heads * lengths.long()) // 2
+            physical = physical + s.kv_heads * lengths.long()
+            amounts["kv"] = physical % 2 * (s.kv_row_bytes // 2)
+            physical = physical // 2
+        return amounts | {"logical": logical, "physical": physical}
 
     def _keep(self, name: str, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
         """``stacked`` [reporting layers, ...] into the window; layers that do not report stay 0."""

@@ -8,7 +8,9 @@ from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kerne
 from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
+from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
+from macbench_kernels.summaries import build_bounds
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
@@ -25,9 +27,12 @@ __all__ = [
     "Scheme",
     "State",
     "UnsupportedError",
+    "build_bounds",
     "empty_state",
     "kernels",
     "merge",
+    "present",
     "scanned_rows",
+    "top",
     "visible_span",
 ]

@@ -15,10 +15,11 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, prefill, mac, quantised and scores.
+    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill, mac, quantised and scores.
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    ``extend_bounds``, ``row_scores``, ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
     """
@@ -30,6 +31,9 @@ class Kernels:
     match: Callable
     causal: Callable
     mac_step: Callable
+    extend_bounds: Callable
+    row_scores: Callable
+    token_scores: Callable
     attend_quantised: Callable
     quantise_rows: Callable
     column_sums: Callable
@@ -38,7 +42,7 @@ class Kernels:
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, quantised, scores, torch_backend
+    from macbench_kernels import prefill, quantised, scores, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -54,6 +58,9 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             match=t.match,
             causal=prefill.causal,
             mac_step=compose(t.match, t.attend),
+            extend_bounds=summaries.extend_bounds,
+            row_scores=summaries.row_scores,
+            token_scores=summaries.token_scores,
             attend_quantised=quantised.attend_quantised,
             quantise_rows=quantised.quantise_rows,
             column_sums=scores.column_sums,
@@ -64,7 +71,15 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_quantised, triton_scores, triton_selected
+        from macbench_kernels import (
+            triton_attend,
+            triton_mac,
+            triton_match,
+            triton_quantised,
+            triton_scores,
+            triton_selected,
+            triton_summaries,
+        )
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
     return Kernels(
@@ -75,6 +90,9 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         match=triton_match.match,
         causal=prefill.causal,
         mac_step=triton_mac.mac_step,
+        extend_bounds=triton_summaries.extend_bounds,
+        row_scores=triton_summaries.row_scores,
+        token_scores=triton_summaries.token_scores,
         attend_quantised=triton_quantised.attend_quantised,
         quantise_rows=triton_quantised.quantise_rows,
         column_sums=triton_scores.column_sums,

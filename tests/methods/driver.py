@@ -45,7 +45,16 @@ class Driver:
         method.begin(self.shape, kernels(backend, stream.q.device), self.ledger)
         first = max(0, prompt - (method.prompt_queries if keep is None else keep))
         tail = slice(first, prompt)
-        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first), self.cache)
+        sums = self.column_sums(prompt) if method.prompt_column_sums else None
+        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first, sums), self.cache)
+
+    def column_sums(self, prompt: int) -> torch.Tensor:
+        """Attention probability that each prompt token got from all prompt queries of its group, float32 [Hkv, prompt]."""
+        group = self.stream.q.shape[0] // self.stream.k.shape[0]
+        k = self.stream.k[:, :prompt].double().repeat_interleave(group, 0)
+        scores = (self.stream.q[:, :prompt].double() @ k.mT) * self.shape.scale
+        unseen = torch.ones(prompt, prompt, dtype=torch.bool, device=k.device).triu(1)
+        return scores.masked_fill(unseen, float("-inf")).softmax(-1).sum(1).unflatten(0, (-1, group)).sum(1).float()
 
     def grow(self) -> int:
         """Make the next token visible; returns its position."""

@@ -1,9 +1,9 @@
 """What a method is: three calls, and a report of every byte it reads. A method knows the kernel layer and nothing above it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from macbench_kernels import Kernels, PagedKVCache
+from macbench_kernels import Kernels, PagedKVCache, visible_span
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
@@ -49,6 +49,13 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
+    def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
+        """A copy whose own knob makes rho_bytes equal ``rho`` with ``tokens`` visible ones, by the method's closed form.
+
+        Raises a ConfigError that names the floor if no value of the knob does. Index lists (4 bytes per id) are left out of the closed forms.
+        """
+        raise ConfigError("budget", rho, f"does not apply to {label(self)}, whose reads follow from no budget")
+
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
         if getattr(self, "shape", None) != shape:
@@ -74,11 +81,33 @@ class Method:
         """Attention output [B, Hq, d] of one decode step; q_pre, q: [B, Hq, d]. The tokens' own K and V are in the cache already."""
         raise NotImplementedError
 
+    def dense(self, layer: int, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Full attention in this layer, reported: for layers that a method leaves dense."""
+        self.ledger.read(layer, visible_span(cache, q.shape[1]))
+        return self.kernels.full(q, cache, layer, self.shape.scale)
+
+
+def label(method: Method) -> str:
+    """The name of a method in messages: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def fitted(method: Method, rho: float, tokens: int, knob: str, value: int, least: int, floor: float, why: str) -> Method:
+    """A copy with ``knob`` = ``value``; a ConfigError with ``floor``, and why there is one, if that is below ``least``."""
+    if value < least:
+        raise ConfigError("budget", rho, f"must be at least {floor:.3f} for {label(method)} at {tokens} tokens, its floor: {why}")
+    return replace(method, **{knob: value})
+
 
 def require(holds: bool, method: str, key: str, value: object, allowed: str) -> None:
     """Raise a ConfigError for ``method.key`` unless ``holds``."""
     if not holds:
         raise ConfigError(f"{method}.{key}", value, f"must be {allowed}")
+
+
+def require_one_of(method: str, key: str, value: object, choices: tuple) -> None:
+    """Raise a ConfigError for ``method.key`` unless the value is among the choices (None is spelled null)."""
+    require(value in choices, method, key, value, f"one of {', '.join('null' if c is None else str(c) for c in choices)}")
 
 
 def is_int(value: object, least: int) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from macbench.methods.base import Method, is_int, require
-from macbench.methods.survivors import Survivors, fitted
+from macbench.methods.base import Method, fitted, is_int, require
+from macbench.methods.survivors import Survivors
 from macbench.methods.tova import kept
 
 
@@ -41,9 +41,14 @@ class H2O(Method):
     def prompt_column_sums(self):
         return True
 
+    def caution(self, ctx):
+        if ctx <= self.heavy + self.recent + 1:
+            return f"h2o keeps {self.heavy + self.recent + 1} tokens; ctx={ctx} evicts nothing"
+
     def fit(self, rho, tokens, shape):
-        rows = rho * tokens * shape.kv_row_bytes / (shape.kv_row_bytes + 8)
-        capacity = fitted(rho, 2, rows, 1, "a heavy hitter, a recent token and the new one are always read")
+        row = 1 + 8 / shape.kv_row_bytes  # a row and its score, in rows
+        capacity = round(rho * tokens / row) - 1
+        fitted(self, rho, tokens, "recent", capacity, 2, 3 * row / tokens, "a heavy hitter, a recent token and the newest")
         heavy = min(max(1, round(capacity * self.heavy / (self.heavy + self.recent))), capacity - 1)
         return replace(self, heavy=heavy, recent=capacity - heavy)
 

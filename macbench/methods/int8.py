@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from macbench_kernels import Codes, Scheme
 
-from macbench.methods.base import Method, fixed_ratio
+from macbench.methods.base import Method, fixed
 
 
 @dataclass
@@ -22,7 +22,7 @@ class INT8(Method):
     """
 
     def fit(self, rho, tokens, shape):
-        return fixed_ratio(rho, {self.ratio(shape): self}, "int8")
+        return fixed(rho, tokens, {self.ratio(shape): self})
 
     @staticmethod
     def ratio(shape):

@@ -9,7 +9,7 @@ import torch
 from macbench_kernels import Codes, Scheme
 
 from macbench.counting import ELEMENT_BYTES
-from macbench.methods.base import Method, fixed_ratio, require
+from macbench.methods.base import Method, fixed, require
 
 GROUPS = (16, 32, 64, 128)
 
@@ -42,7 +42,7 @@ class KIVI(Method):
         require(whole, "method", "residual", self.residual, f"a positive multiple of method.group={self.group}")
 
     def fit(self, rho, tokens, shape):
-        return fixed_ratio(rho, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=2), replace(self, bits=4))}, "kivi")
+        return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=2), replace(self, bits=4))})
 
     def ratio(self, tokens, shape):
         """rho_bytes with ``tokens`` visible."""

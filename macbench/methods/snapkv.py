@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from macbench.errors import ConfigError
-from macbench.methods.base import Method, is_int, require
-from macbench.methods.survivors import Survivors, best, fitted
+from macbench.methods.base import Method, fitted, is_int, label, require, require_one_of
+from macbench.methods.survivors import Survivors, best
 
 POOLING = {"max": max_pool1d, "avg": avg_pool1d}
 
@@ -46,9 +46,9 @@ class SnapKV(Method):
         above = is_int(self.capacity, 1) and self.capacity > self.window
         require(above, name, "capacity", self.capacity, f"an integer above method.window={self.window}")
         require(is_int(self.kernel, 1) and self.kernel % 2 == 1, name, "kernel", self.kernel, "an odd integer of at least 1")
-        require(self.pooling in POOLING, name, "pooling", self.pooling, "max or avg")
-        require(self.mode in ("harness", "faithful"), name, "mode", self.mode, "harness or faithful")
-        require(self.gqa in (None, "sum", "max", "per_q_head"), name, "gqa", self.gqa, "null, sum, max or per_q_head")
+        require_one_of(name, "pooling", self.pooling, tuple(POOLING))
+        require_one_of(name, "mode", self.mode, ("harness", "faithful"))
+        require_one_of(name, "gqa", self.gqa, (None, "sum", "max", "per_q_head"))
 
     @property
     def prompt_queries(self):
@@ -62,16 +62,20 @@ class SnapKV(Method):
         """How many of the tokens before the window are kept."""
         return min(prompt, self.capacity) - self.window
 
+    def caution(self, ctx):
+        if ctx <= self.capacity:
+            return f"{label(self)} keeps {self.capacity} tokens; ctx={ctx} runs as full attention"
+
     def fit(self, rho, tokens, shape, generated=1):
         """``generated``: tokens among ``tokens`` that were not in the prompt, the current one included; a mean will do."""
         if self._gqa == "per_q_head":
-            raise ConfigError("budget", rho, "with gqa=per_q_head the union over a group depends on the text and has no closed form")
-        rows = rho * tokens
-        reason = f"its window of {self.window} tokens, one more and what is generated are always read"
-        capacity = min(fitted(rho, self.window + 1, rows, generated, reason), tokens)
+            raise ConfigError("budget", rho, f"does not apply to {label(self)} with gqa=per_q_head: the union over a group depends on the text")
+        rows, least = rho * tokens, self.window + 1
+        why = f"a window of {self.window} tokens, one more, and what is generated"
+        capacity = fitted(self, rho, tokens, "capacity", round(rows - generated), least, (least + generated) / tokens, why).capacity
         # A schedule over layers may keep more than its nominal capacity.
-        choices = range(max(self.window + 1, capacity - shape.layers), capacity + 1)
-        return min((replace(self, capacity=c) for c in choices), key=lambda m: abs(m.kept(tokens - generated, shape.layers) + generated - rows))
+        choices = (replace(self, capacity=c) for c in range(max(least, capacity - shape.layers), min(capacity, tokens) + 1))
+        return min(choices, key=lambda choice: abs(choice.kept(tokens - generated, shape.layers) + generated - rows))
 
     def kept(self, prompt: float, layers: int) -> float:
         """Rows that are kept of a prompt, mean over the layers."""

@@ -7,8 +7,6 @@ them without a list, and nothing else of the cache; so these methods count the r
 import torch
 from macbench_kernels import top
 
-from macbench.errors import ConfigError
-
 
 class Survivors:
     """ids int32 [layers, B, R, room], of which the first counts int32 [layers, B, R] are valid; R = Hkv, or Hq if every query head has its own.
@@ -64,12 +62,3 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Positions of the ``keep`` highest scores [..., n], ties to the lowest position, sorted by position: int64 [..., keep]."""
     ids, _ = top(scores, keep, torch.ones_like(scores, dtype=torch.bool))
     return ids.long().sort(-1).values
-
-
-def fitted(rho: float, least: int, rows: float, extra: float, reason: str) -> int:
-    """The capacity with which a method reads ``rows`` rows per KV head, ``extra`` of them beyond its capacity; ConfigError below ``least``."""
-    capacity = round(rows - extra)
-    if capacity < least:
-        floor = rho * (least + extra) / rows
-        raise ConfigError("budget", rho, f"{reason}, so that its floor is {floor:.4f} at this length")
-    return capacity

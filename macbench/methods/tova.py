@@ -3,12 +3,12 @@
 Oren, Hassid, Yarden, Adi, Schwartz. arXiv:2401.06104, EMNLP 2024. Public code (Apache-2.0): schwartz-lab-NLP/TOVA.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from macbench.methods.base import Method, is_int, require
-from macbench.methods.survivors import Survivors, best, fitted
+from macbench.methods.base import Method, fitted, is_int, require, require_one_of
+from macbench.methods.survivors import Survivors, best
 
 
 @dataclass
@@ -33,8 +33,8 @@ class TOVA(Method):
 
     def __post_init__(self):
         require(is_int(self.capacity, 1), "method", "capacity", self.capacity, "an integer of at least 1")
-        require(self.mode in ("harness", "faithful"), "method", "mode", self.mode, "harness or faithful")
-        require(self.gqa in (None, "mean", "layer_shared"), "method", "gqa", self.gqa, "null, mean or layer_shared")
+        require_one_of("method", "mode", self.mode, ("harness", "faithful"))
+        require_one_of("method", "gqa", self.gqa, (None, "mean", "layer_shared"))
 
     @property
     def prompt_queries(self):
@@ -45,8 +45,12 @@ class TOVA(Method):
         """How many of the newest tokens are safe."""
         return 1 if self.mode == "harness" else 0
 
+    def caution(self, ctx):
+        if ctx <= self.capacity + 1:
+            return f"tova keeps {self.capacity + 1} tokens; ctx={ctx} runs as full attention"
+
     def fit(self, rho, tokens, shape):
-        return replace(self, capacity=fitted(rho, 1, rho * tokens, 1, "one token and the new one are always read"))
+        return fitted(self, rho, tokens, "capacity", round(rho * tokens) - 1, 1, 2 / tokens, "one token and the newest")
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)

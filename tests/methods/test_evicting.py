@@ -16,7 +16,7 @@ from macbench.methods.snapkv import SnapKV, pooled, reduced
 from macbench.methods.survivors import best
 from macbench.methods.tova import TOVA
 from tests.conftest import DEVICE, filled_cache
-from tests.methods.driver import Driver, Stream
+from tests.methods.driver import Driver, Stream, column_sums
 
 LLAMA = Shape(32, 32, 8, 128, 128**-0.5)
 SMOLLM2 = Shape(30, 9, 3, 64, 0.125)
@@ -263,7 +263,7 @@ def evicting_steps(driver, method, held, scores, steps):
 def test_h2o_equals_the_definition(prompt, backend):
     method, steps = H2O(heavy=12, recent=8), few(backend, 30)
     driver = Driver(method, Stream.random(prompt + steps, dtype=torch.float32, device=DEVICE), prompt, backend)
-    sums = driver.column_sums(prompt).cpu()
+    sums = column_sums(driver.stream.q, driver.stream.k, prompt, driver.shape.scale).cpu()
     held = [list(range(prompt)) if prompt <= 20 else highest(sums[g, :-8], 12) + list(range(prompt - 8, prompt)) for g in range(2)]
     evicting_steps(driver, method, held, [{i: float(sums[g, i]) for i in held[g]} for g in range(2)], steps)
 

@@ -75,7 +75,7 @@ def stored(method, x, length, side):
     return torch.stack([torch.cat([restored(codes, head[:stop]), head[stop:length].double()]) for head in x])
 
 
-@pytest.mark.parametrize("prompt", [20, 100, 128])
+@pytest.mark.parametrize(("backend", "prompt"), [("torch", 20), ("torch", 100), ("torch", 126), ("triton", 126)])
 def test_steps_equal_the_definition(method, backend, prompt):
     """Across flushes of the residual: every output is that of exact attention over the rows as they should be stored."""
     steps = few(backend, 40)
@@ -99,25 +99,6 @@ def test_more_bits_are_nearer_to_full_attention():
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
-def test_poison_in_rows_that_are_stored_as_codes(method, backend):
-    """NaN in the cache's rows that are codes, and in codes of rows that are not yet: nothing of it is read."""
-    stream = Stream.random(140, dtype=torch.float32, device=DEVICE)
-    driver, clean = (Driver(m, stream, 100, backend) for m in (method, dataclasses.replace(method)))
-    pool = driver.cache.pool
-    for _ in range(few(backend, 30)):
-        want = clean.step()
-        t = driver.cache.host_lengths[0]
-        k_stop, v_stop = (t, t) if isinstance(method, INT8) else [n.item() for n in method._stops(torch.tensor(t + 1))]
-        if not isinstance(method, INT8) and t % method.residual == 0:
-            k_stop -= method.residual  # this block is quantised before the step
-        for rows, stop in ((pool.k[0], k_stop), (pool.v[0], max(0, v_stop - 1))):  # the newest coded value is quantised in the step
-            rows.flatten(1, 2)[:, :stop] = float("nan")
-        for codes, stop in zip(method.codes[0], (k_stop, v_stop), strict=True):
-            groups = -(-stop // codes.scheme.tokens)
-            codes.scale[:, :, groups:] = float("nan")
-        torch.testing.assert_close(driver.step(), want, atol=0, rtol=0)
-
-
 def test_writes_and_flushes_are_counted():
     """Every step writes one value row as codes; every R steps a block of keys is flushed, R * (b d / 8 + 4 d / g) bytes per head."""
     prompt, steps = 90, 80
@@ -132,14 +113,6 @@ def test_writes_and_flushes_are_counted():
     driver = Driver(INT8(), Stream.random(50, dtype=torch.float32), 40)
     driver.step()
     assert driver.ledger.counts()["bytes_write"].item() == 2 * (2 * 64 + 8)
-
-
-def test_a_second_prompt_forgets_the_first():
-    method, stream = KIVI(4, 16, 16), Stream.random(120, dtype=torch.float32)
-    Driver(method, Stream.random(120, dtype=torch.float32, seed=1), 100).step()
-    again, fresh = Driver(method, stream, 70), Driver(KIVI(4, 16, 16), stream, 70)
-    for _ in range(30):
-        assert torch.equal(again.step(), fresh.step())
 
 
 def test_budgets():

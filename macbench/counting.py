@@ -119,10 +119,29 @@ class Ledger:
         kind = tuple(units.shape) if isinstance(units, torch.Tensor) else units
         self._report(("bytes", category, turn, per, kind), layer, units)
 
-    def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor) -> None:
-        """K and V rows that are not spans: tokens summed over query heads, rows summed over KV heads (union over a group); int [B, ...] each."""
+    def tokens(self, layer: int, logical: torch.Tensor, physical: torch.Tensor, plain: bool = True) -> None:
+        """K and V rows that are not spans: tokens summed over query heads, rows summed over KV heads (union over a group); int [B, ...] each.
+
+        Not ``plain``: the rows are stored in another precision, and the method adds their bytes itself, to the category kv.
+        """
         self._report(("logical", tuple(logical.shape)), layer, logical)
-        self._report(("physical", tuple(physical.shape)), layer, physical)
+        self._report(("physical" if plain else "rows", tuple(physical.shape)), layer, physical)
+
+    def selected(
+        self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True,
+        all_keys: bool = False, rows: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
+
+        Also 4 bytes of idx per id, unless ``indexed`` is False; a set of everything is dense attention and needs no list. With ``all_keys``
+        the K of every visible token was read to choose whose V to read. The tensors must keep their content until the end of the step.
+        ``rows`` int32 [B, Hkv], of a method that keeps compact copies of visible tokens (unit 1, no index): the union over each group, which
+        it knows, so that nobody needs to look at the ids.
+        """
+        if rows is not None:
+            self.tokens(layer, counts * (self.shape.q_heads // counts.shape[1]), rows)
+            return
+        self._report(("selected", unit, indexed, all_keys, tuple(ids.shape)), layer, (ids, counts, lengths))
 
     def matched(self, layer: int, hit: torch.Tensor, depth: torch.Tensor) -> None:
         """Reuse: hit bool [B, Hq], and chain depth int32 [B, Hq] of the entry that this step leaves behind."""
@@ -138,26 +157,58 @@ class Ledger:
     def end_step(self) -> None:
         """Close the accounts of the step: what was reported goes into windows as it is, all layers at once. Device work only."""
         for key, found in self._reports.items():
-            values = list(found.values())
-            self._reporting[key] = tuple(found)
-            if isinstance(values[0], torch.Tensor):
-                stacked = torch.stack(values)
-                self._window(key, stacked).index_copy_(0, self._at, stacked[None])
+            values, layers = list(found.values()), tuple(found)
+            if key[0] == "selected":  # lists of ids are long: what they amount to is kept instead
+                for name, amount in self._selection(key, values).items():
+                    self._keep((*key, name), layers, amount)
+            elif isinstance(values[0], torch.Tensor):
+                self._keep(key, layers, torch.stack(values))
+            else:
+                self._reporting[key] = layers
         self._at += 1
         self._reports.clear()
 
-    def _window(self, key: tuple, like: torch.Tensor) -> torch.Tensor:
+    def _selection(self, key: tuple, reports: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+        """What sets amount to, int64 [layers, B] each. Reports: ids [B, R, n], counts [B, R], lengths [B] of each layer."""
+        _, unit, indexed, all_keys, (_, sets, n) = key
+        s, (counts, lengths) = self.shape, (torch.stack(part) for part in list(zip(*reports, strict=True))[1:])
+        held = counts.long()
+        if unit > 1 or sets != s.kv_heads:
+            ids = torch.stack([report[0] for report in reports])
+            lead, visible = ids.shape[:2], lengths[..., None, None]
+            rows = (visible - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # tokens of each id
+            held = rows.sum(-1)
+        logical, physical = held.sum(-1) * (s.q_heads // sets), held.sum(-1)
+        if sets != s.kv_heads:  # an id that several heads of a group chose is read once: count the first of its kind after sorting
+            beyond = torch.iinfo(ids.dtype).max
+            order = torch.where(rows > 0, ids, beyond).view(*lead, s.kv_heads, -1).sort(-1).values
+            fresh = torch.ones_like(order, dtype=torch.bool)
+            fresh[..., 1:] = order[..., 1:] != order[..., :-1]
+            fresh &= order != beyond
+            physical = ((visible - order.masked_fill(~fresh, 0) * unit).clamp(0, unit) * fresh).sum((-1, -2))
+        amounts = {"idx": 4 * (counts * (held < lengths[..., None])).sum(-1)} if indexed else {}
+        if all_keys:  # half a token for a key alone; what is left over of an odd number goes to the bytes
+            logical = (logical + s.q_heads * lengths.long()) // 2
+            physical = physical + s.kv_heads * lengths.long()
+            amounts["kv"] = physical % 2 * (s.kv_row_bytes // 2)
+            physical = physical // 2
+        return amounts | {"logical": logical, "physical": physical}
+
+    def _keep(self, key: tuple, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
+        """``stacked`` [reporting layers, ...] into the window of its report."""
+        self._reporting[key] = layers
         if key not in self._windows:
-            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, like.nbytes)))
-            self._windows[key] = torch.zeros(self._size, *like.shape, dtype=like.dtype, device=like.device)
-        return self._windows[key]
+            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, stacked.nbytes)))
+            self._windows[key] = torch.zeros(self._size, *stacked.shape, dtype=stacked.dtype, device=stacked.device)
+        self._windows[key].index_copy_(0, self._at, stacked[None])
 
     def _flush(self) -> None:
         s, steps = self.shape, self._steps
         if not steps:
             return
         size = (steps, s.layers, s.batch)
-        sums = {name: np.zeros(size, np.int64) for name in (*CATEGORIES, "logical", "physical", "hits", "match_heads", "chain_sum", "chain_max")}
+        others = ("logical", "physical", "rows", "hits", "match_heads", "chain_sum", "chain_max")
+        sums = {name: np.zeros(size, np.int64) for name in (*CATEGORIES, *others)}
         for key, layers in self._reporting.items():
             kind, here = key[0], (slice(None), list(layers))
             values = self._windows[key][:steps].cpu().numpy() if key in self._windows else None  # [steps, reporting layers, ...]
@@ -172,10 +223,12 @@ class Ledger:
                 sums["match_heads"][here] = s.q_heads
             elif kind == "depth":
                 sums["chain_sum"][here], sums["chain_max"][here] = values.sum(-1, dtype=np.int64), values.max(-1)
+            elif kind == "selected":
+                sums[key[-1]][here] += values
             else:
                 sums[kind][here] += _per_request(values)
         part = {f"bytes_{c}": sums[c] for c in CATEGORIES}
-        part["tokens_log"], part["tokens_phys"] = sums["logical"], sums["physical"]
+        part["tokens_log"], part["tokens_phys"] = sums["logical"], sums["physical"] + sums["rows"]
         part["bytes_kv"] = part["bytes_kv"] + sums["physical"] * s.kv_row_bytes
         part["bytes_write"] = part["bytes_write"] + s.kv_heads * s.kv_row_bytes  # the new K/V row, whatever the method
         lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)

@@ -112,16 +112,24 @@ class Engine:
         self._decoders: dict[tuple[int, int], Decoder] = {}
 
     @torch.inference_mode()
-    def prefill(self, ids: list[int], keep_queries: int = 0, progress: Callable[[int], None] = lambda tokens: None) -> Prompt:
-        """Exact prefill of a prompt in chunks; keeps the last ``keep_queries`` queries of every layer for methods that need them."""
+    def prefill(
+        self, ids: list[int], keep_queries: int = 0, progress: Callable[[int], None] = lambda tokens: None, column_sums: bool = False
+    ) -> Prompt:
+        """Exact prefill of a prompt in chunks; keeps the last ``keep_queries`` queries of every layer for methods that need them.
+
+        ``column_sums``: also how much attention every prompt token gets from all prompt queries, about one more q.k pass per layer.
+        """
         cache = PagedKVCache(self.pool)
-        tails = _Tails(self.shape, len(ids), keep_queries)
+        tails = _Tails(self.shape, len(ids), keep_queries, column_sums)
         position = 0
 
         def attend(layer, q_pre, q, k, v):
             cache.append(layer, k, v)
             tails.take(layer, position, q_pre, q)
-            return self.kernels.causal(q, cache, layer, position, self.shape.scale).out.to(q.dtype)
+            state = self.kernels.causal(q, cache, layer, position, self.shape.scale)
+            if column_sums:
+                tails.add(layer, self.kernels.column_sums(q, cache, layer, position, state.lse, self.shape.scale))
+            return state.out.to(q.dtype)
 
         began = self._now()
         tokens = torch.tensor(ids, device=self.shape.device)[None]
@@ -261,10 +269,13 @@ class _Run:
 
 
 class _Tails:
-    """Keeps the last n queries of every layer while chunks go by."""
+    """Keeps the last n queries of every layer while chunks go by, and perhaps sums of the prompt's attention, [Hkv, prompt] per layer."""
 
-    def __init__(self, shape: Shape, prompt: int, keep: int):
+    def __init__(self, shape: Shape, prompt: int, keep: int, column_sums: bool = False):
         self.first = max(0, prompt - keep)
+        self.sums: list[torch.Tensor | None] = [None] * shape.layers
+        if column_sums:
+            self.sums = [torch.zeros(shape.kv_heads, prompt, device=shape.device) for _ in range(shape.layers)]
         none = torch.empty(1, shape.q_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
         self.parts = [[(none, none)] for _ in range(shape.layers)]
 
@@ -274,5 +285,11 @@ class _Tails:
             # Copies, so that a chunk's activations can go.
             self.parts[layer].append((q_pre[:, :, skip:].clone(), q[:, :, skip:].clone()))
 
+    def add(self, layer: int, sums: torch.Tensor) -> None:
+        """``sums`` [Hq, tokens so far] of a chunk."""
+        total = self.sums[layer]
+        total[:, : sums.shape[1]] += sums.view(len(total), -1, sums.shape[1]).sum(1)
+
     def done(self) -> list[PromptQueries]:
-        return [PromptQueries(*(torch.cat(x, 2) for x in zip(*parts, strict=True)), self.first) for parts in self.parts]
+        queries = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in self.parts]
+        return [PromptQueries(*pair, self.first, sums) for pair, sums in zip(queries, self.sums, strict=True)]

@@ -62,7 +62,8 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
             fresh = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None]
             if fresh:
                 keep = max(method.prompt_queries for method in fresh)
-                prompts[e] = _attempt(engine, lambda example=example, keep=keep: engine.prefill(example.input_ids, keep, rate("prefill")))
+                wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in fresh))
+                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
         for i, variant in enumerate(variants):
             group = [e for e in prompts if made[e][i] is None]
             for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
@@ -110,7 +111,8 @@ class Call:
         if earlier is not None and earlier.finish_reason != "unfinished":
             return self._answer(earlier, 0.0)
         ids = self.example.input_ids + (earlier.tokens[:-1] if earlier else [])
-        prompt = self.engine.prefill(ids, self.variant.method.prompt_queries, self.rate("prefill"))
+        method = self.variant.method
+        prompt = self.engine.prefill(ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
         try:
             return self.on(prompt)
         finally:

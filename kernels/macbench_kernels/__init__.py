@@ -6,12 +6,16 @@ It knows tensors only; no models, tasks, configuration or files.
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
+from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
+from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
+from macbench_kernels.summaries import build_bounds
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
     "BACKENDS",
+    "Codes",
     "Kernels",
     "MacParams",
     "MacStep",
@@ -20,11 +24,15 @@ __all__ = [
     "PagePool",
     "PagedKVCache",
     "Ring",
+    "Scheme",
     "State",
     "UnsupportedError",
+    "build_bounds",
     "empty_state",
     "kernels",
     "merge",
+    "present",
     "scanned_rows",
+    "top",
     "visible_span",
 ]

@@ -15,34 +15,62 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, prefill and mac.
+    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill, mac, quantised and scores.
 
-    ``attend``: decode attention over spans. ``full``: over every visible key. ``match``: ring match. ``causal``: prompt attention
-    with lse. ``mac_step``: a whole MAC step. ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step.
-    ``captures``: whether a CUDA graph may capture its calls.
+    ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
+    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    ``extend_bounds``, ``row_scores``, ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
+    ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
+    ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
+    ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
+    capture its calls.
     """
 
     name: str
     attend: Callable
+    attend_selected: Callable
     full: Callable
     match: Callable
     causal: Callable
     mac_step: Callable
+    extend_bounds: Callable
+    row_scores: Callable
+    token_scores: Callable
+    attend_quantised: Callable
+    quantise_rows: Callable
+    column_sums: Callable
+    probabilities: Callable
     plan: Callable | None = None
     captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, torch_backend
+    from macbench_kernels import prefill, quantised, scores, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
     if backend == "auto":
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
-        step = compose(torch_backend.match, torch_backend.attend)
-        return Kernels("torch", torch_backend.attend, torch_backend.full, torch_backend.match, prefill.causal, step, captures=False)
+        t = torch_backend
+        return Kernels(
+            "torch",
+            attend=t.attend,
+            attend_selected=t.attend_selected,
+            full=t.full,
+            match=t.match,
+            causal=prefill.causal,
+            mac_step=compose(t.match, t.attend),
+            extend_bounds=summaries.extend_bounds,
+            row_scores=summaries.row_scores,
+            token_scores=summaries.token_scores,
+            attend_quantised=quantised.attend_quantised,
+            quantise_rows=quantised.quantise_rows,
+            column_sums=scores.column_sums,
+            probabilities=scores.probabilities,
+            captures=False,
+        )
     if backend == "flashinfer":
         from macbench_kernels.flashinfer_backend import with_flashinfer
 
@@ -54,7 +82,30 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match
+        from macbench_kernels import (
+            triton_attend,
+            triton_mac,
+            triton_match,
+            triton_quantised,
+            triton_scores,
+            triton_selected,
+            triton_summaries,
+        )
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    return Kernels("triton", triton_attend.attend, triton_attend.full, triton_match.match, prefill.causal, triton_mac.mac_step)
+    return Kernels(
+        "triton",
+        attend=triton_attend.attend,
+        attend_selected=triton_selected.attend_selected,
+        full=triton_attend.full,
+        match=triton_match.match,
+        causal=prefill.causal,
+        mac_step=triton_mac.mac_step,
+        extend_bounds=triton_summaries.extend_bounds,
+        row_scores=triton_summaries.row_scores,
+        token_scores=triton_summaries.token_scores,
+        attend_quantised=triton_quantised.attend_quantised,
+        quantise_rows=triton_quantised.quantise_rows,
+        column_sums=triton_scores.column_sums,
+        probabilities=triton_scores.probabilities,
+    )

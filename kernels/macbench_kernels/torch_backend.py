@@ -71,6 +71,33 @@ def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor
     return result
 
 
+def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1) -> State:
+    """Decode attention of one query per head over selected tokens, which lie anywhere.
+
+    q: [B, Hq, d] after RoPE. ids: int32 [B, R, n], counts: int32 [B, R], R sets per request: one per KV head (R = Hkv, its group shares
+    the read) or one per query head (R = Hq). Set r is its first ``counts`` ids, distinct and in any order; id i stands for the tokens
+    [i * unit, (i + 1) * unit) that are visible, so that ``unit`` = page size selects pages. Other rows are never read.
+    Returns out [B, Hq, d] and lse [B, Hq] in at least float32; an empty set has the empty state.
+    """
+    batch, heads, dim = q.shape
+    sets = ids.shape[1]
+    result = empty_state((batch, heads), dim, _precise(q.dtype), q.device)
+    offsets = torch.arange(unit, device=ids.device)
+    lengths, size = cache.lengths.tolist(), cache.page_size
+    k, v = cache.keys(layer).flatten(1, 2), cache.values(layer).flatten(1, 2)
+    for b, amounts in enumerate(counts.tolist()):
+        for r, amount in enumerate(amounts):
+            tokens = (ids[b, r, :amount, None].long() * unit + offsets).flatten()
+            tokens = tokens[tokens < lengths[b]]
+            if not len(tokens):
+                continue
+            slots = cache.block_table[b, tokens // size].long() * size + tokens % size
+            g, here = r * cache.pool.kv_heads // sets, slice(r * heads // sets, (r + 1) * heads // sets)
+            state = _rectangle(q[b, here][None], k[g, slots][None], v[g, slots][None], scale)
+            result.out[b, here], result.lse[b, here] = state.out[0], state.lse[0]
+    return result
+
+
 def visible_span(cache: PagedKVCache, heads: int) -> torch.Tensor:
     """The one span of full attention, every visible key: int32 [1, 2, B, Hq]."""
     stop = cache.lengths[:, None].expand(-1, heads)

@@ -287,14 +287,19 @@ class Pieces:
         )  # fmt: skip
 
     def merging(self, rows: int) -> tuple[int, dict]:
-        """Programs per row for a kernel that merges pieces, and its tile: channels times pieces that are loaded at once.
+        """See the function of this name."""
+        return merging(self.part.shape[-1], rows)
 
-        A program is one warp, so that nothing waits at a barrier. Few (request, head) rows are cut into thin slices of channels:
-        that occupies the machine, and a warp takes more pieces at once.
-        """
-        wide = triton.next_power_of_2(self.part.shape[-1])
-        width = min(wide, max(_THINNEST, triton.next_power_of_2(wide * rows // _MERGE_PROGRAMS)))
-        return wide // width, {"SLICE": width, "PIECES": max(4, _MERGE_ELEMENTS // width), "num_warps": 1}
+
+def merging(dim: int, rows: int) -> tuple[int, dict]:
+    """Programs per (request, head) row for a kernel that merges pieces, and its tile: channels times pieces that are loaded at once.
+
+    A program is one warp, so that nothing waits at a barrier. Few rows are cut into thin slices of channels: that occupies the machine,
+    and a warp takes more pieces at once.
+    """
+    wide = triton.next_power_of_2(dim)
+    width = min(wide, max(_THINNEST, triton.next_power_of_2(wide * rows // _MERGE_PROGRAMS)))
+    return wide // width, {"SLICE": width, "PIECES": max(4, _MERGE_ELEMENTS // width), "num_warps": 1}
 
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:

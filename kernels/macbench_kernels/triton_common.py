@@ -27,6 +27,11 @@ def check(q: torch.Tensor, cache: PagedKVCache, layer: int) -> None:
     launchable(q, {"cache": k, "block table": cache.block_table, "lengths": cache.lengths})
     if q.dim() != 3 or q.shape[0] != cache.batch:
         raise UnsupportedError(f"queries {tuple(q.shape)} on a cache of {cache.batch} requests: must be [requests, query heads, head_dim]")
+    check_heads(q, k)
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    """q [n, Hq, d] against a layer of the pool [Hkv, pages, page_size, d]; raises UnsupportedError in one line."""
     dim, kv_heads = q.shape[-1], k.shape[0]
     if q.dtype not in DTYPES or q.dtype != k.dtype:
         raise UnsupportedError(f"dtype {q.dtype} with a cache of {k.dtype}: triton kernels take float16, bfloat16 or float32, the same for both")

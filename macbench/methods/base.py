@@ -1,9 +1,9 @@
 """What a method is: three calls, and a report of every byte it reads. A method knows the kernel layer and nothing above it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from macbench_kernels import Kernels, PagedKVCache
+from macbench_kernels import Kernels, PagedKVCache, visible_span
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
@@ -14,17 +14,19 @@ class PromptQueries:
     """The last queries of the prompt of one layer.
 
     ``q_pre``, ``q``: [1, Hq, n, d] before and after RoPE, of positions ``first`` .. ``first + n - 1``. n is the smaller of the prompt's
-    length and the most that any method of the run asked for; a method takes the last rows it needs.
+    length and the most that any method of the run asked for; a method takes the last rows it needs. ``column_sums``: float32
+    [Hkv, prompt tokens], the attention probability that each token got from all prompt queries of a KV head's group, if a method asked.
     """
 
     q_pre: torch.Tensor
     q: torch.Tensor
     first: int
+    column_sums: torch.Tensor | None = None
 
     def last(self, n: int) -> "PromptQueries":
         """The last ``n`` of them (all, if there are fewer)."""
         skip = max(0, self.q.shape[2] - n)
-        return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip)
+        return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip, self.column_sums)
 
 
 @dataclass
@@ -45,13 +47,21 @@ class Method:
         """How many of the prompt's last queries ``after_prefill`` needs."""
         return 0
 
+    @property
+    def prompt_column_sums(self) -> bool:
+        """Whether ``after_prefill`` needs the sums of the whole prompt's attention; they cost about one more q.k pass."""
+        return False
+
     def caution(self, ctx: int) -> str | None:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
     def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
-        """A copy whose own knob makes rho_bytes equal ``rho`` at ``tokens`` visible tokens; a ConfigError names the floor if it cannot."""
-        raise ConfigError("budget", rho, f"{type(self).__name__.lower()} has no knob that sets its budget")
+        """A copy whose own knob makes rho_bytes equal ``rho`` with ``tokens`` visible ones, by the method's closed form.
+
+        Raises a ConfigError that names the floor if no value of the knob does. Index lists (4 bytes per id) are left out of the closed forms.
+        """
+        raise ConfigError("budget", rho, f"does not apply to {label(self)}, whose reads follow from no budget")
 
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
@@ -78,11 +88,42 @@ class Method:
         """Attention output [B, Hq, d] of one decode step; q_pre, q: [B, Hq, d]. The tokens' own K and V are in the cache already."""
         raise NotImplementedError
 
+    def dense(self, layer: int, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Full attention in this layer, reported: for layers that a method leaves dense."""
+        self.ledger.read(layer, visible_span(cache, q.shape[1]))
+        return self.kernels.full(q, cache, layer, self.shape.scale)
+
+
+def label(method: Method) -> str:
+    """The name of a method in messages: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def fitted(method: Method, rho: float, tokens: int, knob: str, value: int, least: int, floor: float, why: str) -> Method:
+    """A copy with ``knob`` = ``value``; a ConfigError with ``floor``, and why there is one, if that is below ``least``."""
+    if value < least:
+        raise ConfigError("budget", rho, f"must be at least {floor:.3f} for {label(method)} at {tokens} tokens, its floor: {why}")
+    return replace(method, **{knob: value})
+
+
+def fixed(rho: float, tokens: int, choices: dict[float, Method]) -> Method:
+    """``fit`` of a method that has only a few possible values of rho_bytes, the keys of ``choices``: the nearest, if within 10% of ``rho``."""
+    nearest = min(choices, key=lambda ratio: abs(ratio - rho))
+    if abs(nearest - rho) > 0.1 * rho:
+        name, possible = label(choices[nearest]), " or ".join(f"{ratio:.3f}" for ratio in sorted(choices))
+        raise ConfigError("budget", rho, f"must be within 10% of {possible} for {name} at {tokens} tokens; {min(choices):.3f} is its floor")
+    return replace(choices[nearest])
+
 
 def require(holds: bool, method: str, key: str, value: object, allowed: str) -> None:
     """Raise a ConfigError for ``method.key`` unless ``holds``."""
     if not holds:
         raise ConfigError(f"{method}.{key}", value, f"must be {allowed}")
+
+
+def require_one_of(method: str, key: str, value: object, choices: tuple) -> None:
+    """Raise a ConfigError for ``method.key`` unless the value is among the choices (None is spelled null)."""
+    require(value in choices, method, key, value, f"one of {', '.join('null' if c is None else str(c) for c in choices)}")
 
 
 def is_int(value: object, least: int) -> bool:

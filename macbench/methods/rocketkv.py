@@ -1,0 +1,189 @@
+"""RocketKV: evict once after the prompt, then choose tokens in every step by bounds of a few channels.
+
+Behnam, Fu, Zhao, Tsai, Yu, Tumanov. arXiv:2502.14051, ICML 2025. Written from the paper's description; no public code was used.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from macbench_kernels import build_bounds, top
+
+from macbench.counting import ELEMENT_BYTES
+from macbench.errors import ConfigError
+from macbench.methods.base import Method, fitted, is_int, require, require_one_of
+
+# Constants of the published settings: pooling of votes (tokens), share of the log-compression that stage 1 takes, smallest budget.
+KERNEL = 63
+SHARE, SHARE_PER_DOUBLING, MOST_SHARE = 0.2, 0.06, 0.8
+LEAST_BUDGET = 16
+
+
+class Sizes(NamedTuple):
+    """What the budget becomes: ``keep`` prompt tokens survive stage 1 (``cap`` with the generated ones), stage 2 attends ``topk`` tokens and
+    estimates with ``channels`` channels of chunks of ``chunk`` tokens; ``ratio`` is the compression that is left for stage 2."""
+
+    cap: int
+    keep: int
+    topk: int
+    ratio: float
+    chunk: int
+    channels: int
+
+
+def sizes(total: int, max_new: int, head_dim: int, budget: int) -> Sizes:
+    """Both stages from one budget: ``total`` tokens are compressed c = total / budget times, c^e of it by stage 1."""
+    c = max(1.0, total / budget)
+    e = min(SHARE + SHARE_PER_DOUBLING * math.log2(c), MOST_SHARE)
+    cap = max(math.floor(total / c**e), min(2 * max_new, total))
+    ratio = max(1.0, cap / budget)
+    chunk = math.ceil(math.sqrt(ratio))
+    if chunk > ratio:
+        chunk = 1
+    return Sizes(cap, cap - max_new, budget // 2, ratio, chunk, math.floor(head_dim * chunk / ratio))
+
+
+@dataclass
+class RocketKV(Method):
+    """Sizes follow from b = ``budget``, S = the most tokens a request may see, ``max_new`` and d: c = S / b, e = min(.2 + .06 log2 c, .8),
+
+        cap = max(S / c^e, min(2 max_new, S)),  keep = cap - max_new,  topk = b / 2,
+        c2 = max(1, cap / b),  chunk = ceil(sqrt c2) (1 if that exceeds c2),  r = d chunk / c2
+
+    Stage 1, after prompts of P > keep tokens, per KV head: v[i] = attention that token i < P - W receives from the last W = ``window``
+    queries of the whole group, max-pooled over 63 tokens; the keep - W of largest v and the last W stay. Everyone keeps its position.
+
+    Stage 2, every step, over the M tokens that are left, in chunks j of consecutive ones with bounds mn, mx of their keys:
+
+        sgn[d] = +1 if sum_h q[h,d] > 0 else -1;   bd[j] = mx[j] where sgn = +1, mn[j] where -1;   I = the r channels of largest mean_h |q[h,d]|
+        u[h,j] = sum over I of q[h,d] bd[j,d];     tau[h] = sqrt(d * sum over I of |q[h]| / sum |q[h]|)
+        s[j]   = mean over h of softmax over tokens (u[h] / tau[h]);   attend the topk tokens of largest s exactly; ties to the first
+
+    ``mode`` = *harness*: the newest token takes the place of the last choice, and requests of no more than b tokens lose nothing and
+    attend everything. *faithful*: neither. There a whole prompt is kept and attended only up to keep, and up to topk, tokens.
+
+    Counted per KV head, layer and step: topk rows; r * ceil(M / chunk) elements of meta, read from channel-major bounds; 4 bytes of idx
+    per chosen token; the bounds of one chunk written. That is about b rows in all: the budget is traffic, not attended tokens.
+    Votes belong to prefill and are not counted. S is the run's context, not that of a request, so that shapes stay the same.
+    """
+
+    budget: int = 1024
+    window: int = 32
+    max_new: int = 128
+    mode: str = "harness"
+
+    def __post_init__(self):
+        require(is_int(self.budget, LEAST_BUDGET), "method", "budget", self.budget, f"an integer of at least {LEAST_BUDGET}")
+        require(is_int(self.window, 1), "method", "window", self.window, "an integer of at least 1")
+        require(is_int(self.max_new, 1), "method", "max_new", self.max_new, "an integer of at least 1")
+        require_one_of("method", "mode", self.mode, ("harness", "faithful"))
+
+    @property
+    def prompt_queries(self):
+        return self.window
+
+    def caution(self, ctx):
+        if self.mode == "harness" and ctx <= self.budget:
+            return f"rocketkv has a budget of {self.budget} tokens; ctx={ctx} runs as full attention"
+
+    def fit(self, rho, tokens, shape):
+        return fitted(self, rho, tokens, "budget", round(rho * tokens), LEAST_BUDGET, LEAST_BUDGET / tokens, f"{LEAST_BUDGET} tokens")
+
+    def begin(self, shape, kernels, ledger):
+        super().begin(shape, kernels, ledger)
+        size = self.size = sizes(shape.max_tokens, self.max_new, shape.head_dim, self.budget)
+        if size.keep < self.window:
+            raise ConfigError(
+                "method.budget", self.budget, f"leaves {size.keep} prompt tokens at ctx={shape.max_tokens}; method.window={self.window}"
+            )
+        heads = (shape.batch, shape.kv_heads)
+        sides = 1 if size.chunk == 1 else 2  # the bounds of a single key are the key
+        chunks = -(-shape.max_tokens // size.chunk)
+        layers = range(shape.layers)
+        self.bounds = [self.buffer(f"bounds{i}", *heads, sides * shape.head_dim, chunks) for i in layers]
+        # The i-th token that is left is token kept[i], or i + removed behind those.
+        self.kept = [self.buffer(f"kept{i}", *heads, size.keep, dtype=torch.int32) for i in layers]
+        self.removed = self.buffer("removed", shape.batch, dtype=torch.int32)
+
+    def after_prefill(self, layer, request, queries, cache):
+        n = cache.host_lengths[request]
+        keys = torch.cat([k for k, _ in cache.slice(layer, request, 0, n)], 1)
+        keep = self.size.keep
+        kept = self.kept[layer][request]
+        kept.copy_(torch.arange(keep, device=kept.device).expand_as(kept))
+        self.removed[request] = 0
+        if n > (max(keep, self.budget) if self.mode == "harness" else keep):
+            self.removed[request] = n - keep
+            last = torch.arange(n - self.window, n, dtype=torch.int32, device=kept.device).expand(len(kept), -1)
+            best, _ = top(self._votes(queries.last(self.window).q[0], keys), keep - self.window, torch.ones((), dtype=torch.bool, device=kept.device))
+            kept.copy_(torch.cat([best.sort(-1).values, last], 1))
+            keys = keys.gather(1, kept.long()[..., None].expand(-1, -1, keys.shape[-1]))
+        build_bounds(self.bounds[layer], request, keys, self.size.chunk)
+
+    def _votes(self, q, keys):
+        """Pooled attention from the window's queries q [Hq, W, d] to every token before them: [Hkv, n - W]."""
+        n, w = keys.shape[1], self.window
+        seen = torch.arange(n, device=q.device) <= torch.arange(n - w, n, device=q.device)[:, None]
+        votes = []
+        for group, k in zip(q.unflatten(0, (len(keys), -1)), keys, strict=True):  # one KV head at a time: [G, W, n] is large
+            scores = (group.float() @ k.float().T * self.shape.scale).masked_fill(~seen, float("-inf"))
+            votes.append(scores.softmax(-1)[..., : n - w].sum((0, 1)))
+        return torch.nn.functional.max_pool1d(torch.stack(votes), KERNEL, 1, KERNEL // 2)
+
+    def attend(self, layer, q_pre, q, cache):
+        shape, size, bounds = self.shape, self.size, self.bounds[layer]
+        if layer == 0:  # the same for all layers
+            self._prepare(cache)
+        self.kernels.extend_bounds(bounds, cache, layer, size.chunk, self.removed)
+        ids = self._tokens(layer, self._chunk_scores(q, bounds))
+        self.ledger.add(layer, "meta", shape.kv_heads * size.channels * ELEMENT_BYTES, self._scored)
+        self.ledger.add(layer, "write", shape.kv_heads * bounds.shape[2] * ELEMENT_BYTES)
+        self.ledger.selected(layer, ids, self._counts, 1, cache.lengths)
+        return self.kernels.attend_selected(q, cache, layer, ids, self._counts, shape.scale).out.to(q.dtype)
+
+    def _prepare(self, cache):
+        size, device = self.size, self.removed.device
+        left = self._left = cache.lengths - self.removed  # M
+        all_of_it = left <= size.topk
+        if self.mode == "harness":
+            all_of_it = all_of_it | (cache.lengths <= self.budget)
+        self._counts = torch.where(all_of_it, left, size.topk)[:, None].expand(-1, self.shape.kv_heads).contiguous()
+        chunks = (left + size.chunk - 1) // size.chunk
+        self._scored = torch.where(all_of_it, 0, chunks).int()
+        index = torch.arange(self.bounds[0].shape[-1], device=device)
+        self._valid = (index < chunks[:, None])[:, None]
+        self._members = (left[:, None] - index * size.chunk).clamp(0, size.chunk)[:, None, None]  # tokens of each chunk, [B, 1, 1, chunks]
+
+    def _chunk_scores(self, q, bounds):
+        """s [B, Hkv, chunks]: the mean probability of a token of each chunk; all equal for requests that attend everything."""
+        d = self.shape.head_dim
+        grouped = q.unflatten(1, (self.shape.kv_heads, -1)).to(torch.promote_types(q.dtype, torch.float32))
+        size_of = grouped.abs()
+        channels, _ = top(size_of.mean(2), self.size.channels, torch.ones((), dtype=torch.bool, device=q.device))
+        at = channels.long()[:, :, None].expand(-1, -1, grouped.shape[2], -1)
+        rows = channels
+        if bounds.shape[2] > d:  # minima lie behind the maxima
+            rows = channels + d * (grouped.sum(2) <= 0).gather(-1, channels.long()).int()
+        tau = (d * size_of.gather(-1, at).sum(-1) / size_of.sum(-1).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
+        u = self.kernels.row_scores(grouped.gather(-1, at), bounds, self._scored, rows) / tau[..., None]
+        weights = (u - u.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
+        return (weights / (weights * self._members).sum(-1, keepdim=True).clamp(min=1e-30)).mean(2)
+
+    def _tokens(self, layer, scores):
+        """ids int32 [B, Hkv, n]: the tokens of the best chunks in order, as many as ``_counts`` says, and the newest token among them."""
+        size, left = self.size, self._left[:, None, None]
+        harness = self.mode == "harness"
+        n = min(max(size.topk, self.budget) if harness else size.topk, self.shape.max_tokens)
+        # One chunk more than fill n: the last chunk may be short.
+        chunks, known = top(scores, -(-n // size.chunk) + 1, self._valid)
+        inside = torch.arange(size.chunk, device=scores.device)
+        places = (chunks[..., None] * size.chunk + inside).flatten(2)  # among the tokens that are left
+        exists = (places < left) & ((torch.arange(chunks.shape[-1], device=scores.device) < known[..., None]).repeat_interleave(size.chunk, -1))
+        if harness:  # the newest one first
+            places, newest = torch.cat([(left - 1).expand(-1, places.shape[1], -1), places], -1), places == left - 1
+            exists = torch.cat([torch.ones_like(exists[..., :1]), exists & ~newest], -1)
+        rank = torch.where(exists, exists.cumsum(-1) - 1, n).clamp(max=n)  # those that do not fit meet in a column of no interest
+        packed = torch.zeros(*places.shape[:2], n + 1, dtype=places.dtype, device=places.device).scatter(-1, rank, places)[..., :n]
+        kept = self.kept[layer].gather(-1, packed.clamp(max=size.keep - 1).long())
+        return torch.where(packed < size.keep, kept, packed + self.removed[:, None, None]).int()

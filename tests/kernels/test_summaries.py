@@ -1,0 +1,91 @@
+"""Bounds, their scores, scores of tokens and the choice of the best, on both backends against plain definitions."""
+
+import pytest
+import torch
+from macbench_kernels import build_bounds, kernels, present, top
+
+from tests.conftest import DEVICE, filled_cache
+
+
+def test_ties_go_to_the_lowest_index_and_invalid_ones_to_nobody():
+    scores = torch.tensor([[1.0, 3, 3, -0.0, 0.0, 3, -2], [float("-inf")] * 7], device=DEVICE)
+    ids, counts = top(scores, 5, torch.ones_like(scores, dtype=torch.bool))
+    assert ids.tolist() == [[1, 2, 5, 0, 3], [0, 1, 2, 3, 4]]
+    assert counts.tolist() == [5, 5]
+    valid = torch.tensor([True, False, True, True, False, False, True], device=DEVICE)
+    ids, counts = top(scores, 9, valid)
+    assert ids.shape == (2, 7)
+    assert counts.tolist() == [4, 4]
+    assert [row[:4] for row in ids.tolist()] == [[2, 0, 3, 6], [0, 2, 3, 6]]
+    assert present(ids, torch.arange(7, device=DEVICE).expand(2, 7) < 2, 7).nonzero()[:, 1].tolist() == [0, 2, 0, 2]
+
+
+def test_random_scores_are_ranked_like_a_stable_sort():
+    torch.manual_seed(0)
+    scores = torch.randn(4, 200, device=DEVICE).round(decimals=1)
+    ids, _ = top(scores, 50, torch.ones_like(scores, dtype=torch.bool))
+    assert torch.equal(ids.long(), torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :50])
+
+
+@pytest.mark.parametrize(("size", "dim", "both"), [(16, 64, True), (3, 96, True), (1, 64, False)])
+def test_bounds_follow_the_keys_token_by_token(backend, size, dim, both):
+    torch.manual_seed(0)
+    prompt, more, width = 37, 16, 60
+    k = torch.randn(2, 2, prompt + more, dim, device=DEVICE)
+    layer = kernels(backend, DEVICE)
+    cache = filled_cache(k[:, :, :prompt], k[:, :, :prompt], 8, shuffle=True)
+    skipped = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)  # request 1 has lost its first 5 tokens
+    bounds = torch.full((2, 2, dim * (1 + both), width), float("nan"), device=DEVICE)
+    for b in range(2):
+        build_bounds(bounds, b, k[b, :, int(skipped[b]) : prompt], size)
+    for t in range(prompt, prompt + more):
+        cache.extend(1)
+        cache.append(0, k[:, :, t : t + 1], k[:, :, t : t + 1])
+        layer.extend_bounds(bounds, cache, 0, size, skipped)
+        if t % 4:  # a second time changes nothing
+            layer.extend_bounds(bounds, cache, 0, size, skipped)
+    for b in range(2):
+        rows = k[b, :, int(skipped[b]) :]
+        for unit in range(-(-rows.shape[1] // size)):
+            piece = rows[:, unit * size : (unit + 1) * size]
+            assert torch.equal(bounds[b, :, :dim, unit], piece.amax(1))
+            if both:
+                assert torch.equal(bounds[b, :, dim:, unit], piece.amin(1))
+
+
+@pytest.mark.parametrize(("members", "rows", "listed"), [(1, 128, None), (4, 64, 20), (3, 96, 7), (40, 64, None)])
+def test_row_scores(backend, members, rows, listed):
+    torch.manual_seed(0)
+    table = torch.randn(2, 2, rows, 150, device=DEVICE)
+    units = torch.tensor([140, 33], dtype=torch.int32, device=DEVICE)
+    chosen = None if listed is None else torch.stack([torch.randperm(rows)[:listed] for _ in range(4)]).view(2, 2, listed).int().to(DEVICE)
+    weights = torch.randn(2, 2, members, listed or rows, device=DEVICE)
+    poisoned = table.clone()
+    for b in range(2):
+        poisoned[b, :, :, int(units[b]) :] = float("nan")
+        if listed:
+            for g in range(2):
+                poisoned[b, g, [i for i in range(rows) if i not in chosen[b, g].tolist()]] = float("nan")
+    got = kernels(backend, DEVICE).row_scores(weights, poisoned, units, chosen)
+    for b in range(2):
+        for g in range(2):
+            taken = table[b, g] if listed is None else table[b, g, chosen[b, g].long()]
+            n = int(units[b])
+            torch.testing.assert_close(got[b, g, :, :n].double(), (weights[b, g].double() @ taken.double())[:, :n], atol=2e-5, rtol=2e-5)
+            assert (got[b, g, :, n:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize(("group", "dim"), [(3, 64), (1, 96), (8, 128)])
+def test_token_scores(backend, group, dim):
+    torch.manual_seed(0)
+    lengths = [70, 21]
+    k, q = torch.randn(2, 2, 70, dim, device=DEVICE), torch.randn(2, 2 * group, dim, device=DEVICE)
+    cache = filled_cache(k, k, shuffle=True)
+    cache.lengths.copy_(torch.tensor(lengths))
+    cache.host_lengths = lengths
+    cache.pool.v.fill_(float("nan"))  # values play no part
+    got = kernels(backend, DEVICE).token_scores(q, cache, 0, 0.3, 90)
+    for b, n in enumerate(lengths):
+        for h in range(2 * group):
+            torch.testing.assert_close(got[b, h, :n].double(), 0.3 * k[b, h // group, :n].double() @ q[b, h].double(), atol=2e-5, rtol=2e-5)
+        assert (got[b, :, n:] == float("-inf")).all()

@@ -19,7 +19,7 @@ class Kernels:
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step. ``extend_bounds``, ``row_scores``,
-    ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
+    ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of summaries, scores of all tokens.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Kernels:
     mac_step: Callable
     extend_bounds: Callable
     row_scores: Callable
+    weigh_rows: Callable
     token_scores: Callable
 
 
@@ -44,7 +45,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
         step = compose(torch_backend.match, torch_backend.attend)
-        t, scores = torch_backend, (summaries.extend_bounds, summaries.row_scores, summaries.token_scores)
+        t, scores = torch_backend, (summaries.extend_bounds, summaries.row_scores, summaries.weigh_rows, summaries.token_scores)
         return Kernels("torch", t.attend, t.attend_selected, t.full, t.match, prefill.causal, step, *scores)
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
@@ -54,5 +55,6 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         from macbench_kernels import triton_attend, triton_mac, triton_match, triton_selected, triton_summaries
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    t, scores = triton_attend, (triton_summaries.extend_bounds, triton_summaries.row_scores, triton_summaries.token_scores)
+    t, s = triton_attend, triton_summaries
+    scores = s.extend_bounds, s.row_scores, s.weigh_rows, s.token_scores
     return Kernels("triton", t.attend, triton_selected.attend_selected, t.full, triton_match.match, prefill.causal, triton_mac.mac_step, *scores)

@@ -434,7 +434,10 @@ def stub(s) -> Kernels:
 
 
 class Watch(TorchDispatchMode):
-    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data."""
+    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data.
+
+    ``tolist`` and ``numpy`` reach no dispatcher: the test replaces them.
+    """
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh", "bincount")
 
@@ -451,7 +454,18 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_can_be_captured(case):
+def refuse(*args):
+    raise AssertionError("reads a tensor on the host")
+
+
+def test_watch_sees_what_it_should():
+    x = torch.arange(4)
+    for use in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 1], lambda: torch.tensor([1]), lambda: int(x[0])):
+        with pytest.raises(AssertionError), Watch():
+            use()
+
+
+def test_a_step_can_be_captured(case, monkeypatch):
     """Nothing in attend or in the ledger synchronises, and steps of other lengths do exactly the same operations."""
     if DEVICE == "cuda":
         return
@@ -465,7 +479,9 @@ def test_a_step_can_be_captured(case):
         for _ in range(3):
             batch.grow()
             queries = [batch.queries(layer) for layer in range(shape.layers)]
-            with Watch() as watch:
+            with monkeypatch.context() as patch, Watch() as watch:
+                for name in ("tolist", "numpy", "cpu"):
+                    patch.setattr(torch.Tensor, name, refuse)
                 for layer, (q_pre, q) in enumerate(queries):
                     batch.method.attend(layer, q_pre, q, batch.cache)
                 batch.ledger.end_step()

@@ -10,7 +10,7 @@ from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
-from macbench_kernels.summaries import build_bounds
+from macbench_kernels.summaries import build_bounds, rounded
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "kmeans",
     "merge",
     "present",
+    "rounded",
     "scanned_rows",
     "top",
     "visible_span",

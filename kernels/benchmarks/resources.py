@@ -17,7 +17,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from macbench_kernels import MacParams, PagedKVCache, PagePool, Ring, triton_attend, triton_common, triton_mac, triton_match
+from macbench_kernels import (
+    MacParams,
+    PagedKVCache,
+    PagePool,
+    Ring,
+    triton_attend,
+    triton_common,
+    triton_mac,
+    triton_match,
+    triton_selected,
+    triton_summaries,
+)
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
@@ -69,11 +80,25 @@ def main(folder: Path | None) -> None:
         ring = Ring.create(1, heads, 512, dim, dtype, "cpu")
         q = torch.zeros(1, heads, dim, dtype=dtype)
         spans = torch.zeros(1, 2, 1, heads, dtype=torch.int32)
+        ids, counts = torch.zeros(1, 4, 512, dtype=torch.int32), torch.ones(1, 4, dtype=torch.int32)
+        own = torch.zeros(1, heads, 512, dtype=torch.int32), torch.ones(1, heads, dtype=torch.int32)
+        bounds, means = torch.zeros(1, 4, 2 * dim, 1024, dtype=dtype), torch.zeros(1, 4, 1024, dim, dtype=dtype)
+        shared, each, masses = torch.zeros(1, 4, 1, 2 * dim), torch.zeros(1, 4, group, 40), torch.zeros(1, 4, group, 1024)
+        rows, units = torch.zeros(1, 4, 40, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         print(f"-- {dtype} d={dim} group={group} page={page} {knobs or ''}")
         for call in (
             lambda: triton_mac.mac_step(q, q, cache, 0, ring, MacParams(1.0, 256), 1.0, **knobs),
             lambda: triton_attend.attend(q, cache, 0, spans, 1.0),
             lambda: triton_attend.attend_full(q, cache, 0, 1.0, **knobs),
+            lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0),
+            lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0, page),
+            lambda: triton_selected.attend_selected(q, cache, 0, *own, 1.0),
+            lambda: triton_summaries.extend_bounds(bounds, cache, 0, 16),
+            lambda: triton_summaries.extend_bounds(bounds, cache, 0, 3, units),
+            lambda: triton_summaries.row_scores(shared, bounds, units),
+            lambda: triton_summaries.row_scores(each, bounds, units, rows),
+            lambda: triton_summaries.weigh_rows(masses, means),
+            lambda: triton_summaries.token_scores(q, cache, 0, 1.0, 4096),
         ):
             compiled.clear()
             call()
@@ -93,5 +118,7 @@ if __name__ == "__main__":
         mock.patch.object(triton_match, "dependent_launch", lambda device: True),
         mock.patch.object(triton_attend, "dependent_launch", lambda device: True),
         mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_selected, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_summaries, "dependent_launch", lambda device: True),
     ):
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -3,6 +3,7 @@
 It knows tensors only; no models, tasks, configuration or files.
 """
 
+from macbench_kernels import kmeans
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
@@ -10,7 +11,7 @@ from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
-from macbench_kernels.summaries import build_bounds
+from macbench_kernels.summaries import build_bounds, rounded
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "build_bounds",
     "empty_state",
     "kernels",
+    "kmeans",
     "merge",
     "present",
+    "rounded",
     "scanned_rows",
     "top",
     "visible_span",

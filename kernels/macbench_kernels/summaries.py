@@ -14,6 +14,11 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rounded(units: int) -> int:
+    """Columns to allocate for a table of so many units: a multiple of what a program of the GPU kernels reads together, at least one of them."""
+    return max(128, -(-units // 128) * 128)
+
+
 def build_bounds(bounds: torch.Tensor, request: int, keys: torch.Tensor, size: int) -> None:
     """Bounds of ``keys`` [Hkv, n, d], cut into units of ``size``, into the table of a request [B, Hkv, d or 2d, units]."""
     n, dim = keys.shape[1:]
@@ -74,3 +79,13 @@ def token_scores(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float,
             out[b, :, at : at + k.shape[1]] = (grouped @ k.to(out.dtype).mT).flatten(0, 1)
             at += k.shape[1]
     return out
+
+
+def weigh_rows(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """sum_j weights[b, g, m, j] * table[b, g, j]: weights float [B, Hkv, M, units], table [B, Hkv, units, d] -> [B, Hkv, M, d].
+
+    In at least float32 (products of half-precision tables in their precision on a GPU). A row is not read if all its weights are 0.
+    """
+    used = (weights != 0).any(2)[..., None]
+    kind = precise(table.dtype)
+    return weights.to(kind) @ table.to(kind).masked_fill(~used, 0)

@@ -7,6 +7,7 @@ from macbench_kernels import kmeans
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
+from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
@@ -15,6 +16,7 @@ from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
     "BACKENDS",
+    "Codes",
     "Kernels",
     "MacParams",
     "MacStep",
@@ -23,6 +25,7 @@ __all__ = [
     "PagePool",
     "PagedKVCache",
     "Ring",
+    "Scheme",
     "State",
     "UnsupportedError",
     "build_bounds",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 
 class UnsupportedError(ValueError):
@@ -15,11 +15,16 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill and mac.
+    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill, mac, quantised and scores.
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
-    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step. ``extend_bounds``, ``row_scores``,
-    ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of summaries, scores of all tokens.
+    ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
+    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of such summaries,
+    and scores of all tokens.
+    ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
+    ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
+    ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
+    capture its calls.
     """
 
     name: str
@@ -33,28 +38,78 @@ class Kernels:
     row_scores: Callable
     weigh_rows: Callable
     token_scores: Callable
+    attend_quantised: Callable
+    quantise_rows: Callable
+    column_sums: Callable
+    probabilities: Callable
+    plan: Callable | None = None
+    captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, summaries, torch_backend
+    from macbench_kernels import prefill, quantised, scores, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
     if backend == "auto":
         backend = "triton" if kind == "cuda" else "torch"
     if backend == "torch":
-        step = compose(torch_backend.match, torch_backend.attend)
-        t, scores = torch_backend, (summaries.extend_bounds, summaries.row_scores, summaries.weigh_rows, summaries.token_scores)
-        return Kernels("torch", t.attend, t.attend_selected, t.full, t.match, prefill.causal, step, *scores)
+        t = torch_backend
+        return Kernels(
+            "torch",
+            attend=t.attend,
+            attend_selected=t.attend_selected,
+            full=t.full,
+            match=t.match,
+            causal=prefill.causal,
+            mac_step=compose(t.match, t.attend),
+            extend_bounds=summaries.extend_bounds,
+            row_scores=summaries.row_scores,
+            weigh_rows=summaries.weigh_rows,
+            token_scores=summaries.token_scores,
+            attend_quantised=quantised.attend_quantised,
+            quantise_rows=quantised.quantise_rows,
+            column_sums=scores.column_sums,
+            probabilities=scores.probabilities,
+            captures=False,
+        )
+    if backend == "flashinfer":
+        from macbench_kernels.flashinfer_backend import with_flashinfer
+
+        if kind != "cuda":
+            raise UnsupportedError(f"backend=flashinfer on device {kind}: needs a CUDA device")
+        return with_flashinfer(kernels("triton", device))
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnsupportedError(f"backend=triton on device {kind}: needs a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels on a CPU")
     try:
-        from macbench_kernels import triton_attend, triton_mac, triton_match, triton_selected, triton_summaries
+        from macbench_kernels import (
+            triton_attend,
+            triton_mac,
+            triton_match,
+            triton_quantised,
+            triton_scores,
+            triton_selected,
+            triton_summaries,
+        )
     except ImportError as error:
         raise UnsupportedError(f"backend=triton: cannot import triton ({error})") from error
-    t, s = triton_attend, triton_summaries
-    scores = s.extend_bounds, s.row_scores, s.weigh_rows, s.token_scores
-    return Kernels("triton", t.attend, triton_selected.attend_selected, t.full, triton_match.match, prefill.causal, triton_mac.mac_step, *scores)
+    return Kernels(
+        "triton",
+        attend=triton_attend.attend,
+        attend_selected=triton_selected.attend_selected,
+        full=triton_attend.full,
+        match=triton_match.match,
+        causal=prefill.causal,
+        mac_step=triton_mac.mac_step,
+        extend_bounds=triton_summaries.extend_bounds,
+        row_scores=triton_summaries.row_scores,
+        weigh_rows=triton_summaries.weigh_rows,
+        token_scores=triton_summaries.token_scores,
+        attend_quantised=triton_quantised.attend_quantised,
+        quantise_rows=triton_quantised.quantise_rows,
+        column_sums=triton_scores.column_sums,
+        probabilities=triton_scores.probabilities,
+    )

@@ -126,7 +126,7 @@ def _tuning(dim: int, itemsize: int) -> dict:
 def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1) -> State:
     """See torch_backend.attend_selected: ids int32 [B, R, n], counts int32 [B, R] -> out float32 [B, Hq, d], lse [B, Hq]. No host synchronisation."""
     k, v = cache.keys(layer), cache.values(layer)
-    check(q, k)
+    check(q, cache, layer)
     batch, heads, dim = q.shape
     kv_heads, _, page, _ = k.shape
     sets, width = ids.shape[1:]

@@ -14,17 +14,19 @@ class PromptQueries:
     """The last queries of the prompt of one layer.
 
     ``q_pre``, ``q``: [1, Hq, n, d] before and after RoPE, of positions ``first`` .. ``first + n - 1``. n is the smaller of the prompt's
-    length and the most that any method of the run asked for; a method takes the last rows it needs.
+    length and the most that any method of the run asked for; a method takes the last rows it needs. ``column_sums``: float32
+    [Hkv, prompt tokens], the attention probability that each token got from all prompt queries of a KV head's group, if a method asked.
     """
 
     q_pre: torch.Tensor
     q: torch.Tensor
     first: int
+    column_sums: torch.Tensor | None = None
 
     def last(self, n: int) -> "PromptQueries":
         """The last ``n`` of them (all, if there are fewer)."""
         skip = max(0, self.q.shape[2] - n)
-        return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip)
+        return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip, self.column_sums)
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Method:
     def prompt_queries(self) -> int:
         """How many of the prompt's last queries ``after_prefill`` needs."""
         return 0
+
+    @property
+    def prompt_column_sums(self) -> bool:
+        """Whether ``after_prefill`` needs the sums of the whole prompt's attention; they cost about one more q.k pass."""
+        return False
 
     def caution(self, ctx: int) -> str | None:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
@@ -97,6 +104,15 @@ def fitted(method: Method, rho: float, tokens: int, knob: str, value: int, least
     if value < least:
         raise ConfigError("budget", rho, f"must be at least {floor:.3f} for {label(method)} at {tokens} tokens, its floor: {why}")
     return replace(method, **{knob: value})
+
+
+def fixed(rho: float, tokens: int, choices: dict[float, Method]) -> Method:
+    """``fit`` of a method that has only a few possible values of rho_bytes, the keys of ``choices``: the nearest, if within 10% of ``rho``."""
+    nearest = min(choices, key=lambda ratio: abs(ratio - rho))
+    if abs(nearest - rho) > 0.1 * rho:
+        name, possible = label(choices[nearest]), " or ".join(f"{ratio:.3f}" for ratio in sorted(choices))
+        raise ConfigError("budget", rho, f"must be within 10% of {possible} for {name} at {tokens} tokens; {min(choices):.3f} is its floor")
+    return replace(choices[nearest])
 
 
 def require(holds: bool, method: str, key: str, value: object, allowed: str) -> None:

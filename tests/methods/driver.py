@@ -30,6 +30,14 @@ class Stream:
         return cls(*(x.to(device) for x in (q_pre, q, k, v)))
 
 
+def column_sums(q: torch.Tensor, k: torch.Tensor, prompt: int, scale: float) -> torch.Tensor:
+    """Attention probability that each prompt token got from all prompt queries of a group: q [Hq, n, d], k [Hkv, n, d] -> float32 [Hkv, prompt]."""
+    group = len(q) // len(k)
+    scores = (q[:, :prompt].double() @ k[:, :prompt].double().repeat_interleave(group, 0).mT) * scale
+    unseen = torch.ones(prompt, prompt, dtype=torch.bool, device=k.device).triu(1)
+    return scores.masked_fill(unseen, float("-inf")).softmax(-1).sum(1).unflatten(0, (-1, group)).sum(1).float()
+
+
 class Driver:
     """``prompt`` tokens are prefilled, then ``step()`` decodes the next token of the stream; batch 1 (or copies of the stream)."""
 
@@ -45,11 +53,13 @@ class Driver:
         method.begin(self.shape, kernels(backend, stream.q.device), self.ledger)
         first = max(0, prompt - (method.prompt_queries if keep is None else keep))
         tail = slice(first, prompt)
-        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first), self.cache)
+        sums = column_sums(stream.q, stream.k, prompt, dim**-0.5) if method.prompt_column_sums else None
+        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first, sums), self.cache)
 
     def grow(self) -> int:
         """Make the next token visible; returns its position."""
         t = self.cache.host_lengths[0]
+        self.method.between_steps(self.cache)
         self.cache.extend(1)
         self.cache.append(0, self.stream.k[None, :, t : t + 1], self.stream.v[None, :, t : t + 1])
         self.ledger.begin_step(self.cache.host_lengths)
@@ -137,7 +147,8 @@ class Batch:
             start = max(0, text.prompt - method.prompt_queries)
             tail = slice(start, text.prompt)
             for layer in range(layers):
-                queries = PromptQueries(text.q_pre[layer, None, :, tail], text.q[layer, None, :, tail], start)
+                sums = column_sums(text.q[layer], text.k[layer], text.prompt, dim**-0.5) if method.prompt_column_sums else None
+                queries = PromptQueries(text.q_pre[layer, None, :, tail], text.q[layer, None, :, tail], start, sums)
                 method.after_prefill(layer, b, queries, self.cache)
         self.steps = 0
 

@@ -17,12 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from macbench.errors import ConfigError
 from macbench.methods.base import Method
 from macbench.methods.full import Full
+from macbench.methods.h2o import H2O
+from macbench.methods.int8 import INT8
+from macbench.methods.kivi import KIVI
 from macbench.methods.multipole import Multipole, layout
 from macbench.methods.oracle_topk import OracleTopK
+from macbench.methods.pyramidkv import PyramidKV
 from macbench.methods.quest import Quest
 from macbench.methods.rocketkv import RocketKV
+from macbench.methods.snapkv import SnapKV
 from macbench.methods.streaming_llm import StreamingLLM
 from macbench.methods.tidaldecode import TidalDecode
+from macbench.methods.tova import TOVA
 from tests.conftest import DEVICE
 from tests.methods.driver import Batch, Text
 
@@ -39,12 +45,12 @@ def fast(backend: str) -> bool:
 
 @dataclass
 class Seen:
-    """One layer of one request in one step, for closed forms: L visible tokens, and the shape."""
+    """One layer of one request in one step, for closed forms: L visible tokens, the shape, and how many of them were the prompt."""
 
     layer: int
     length: int
     s: object
-    prompt: int = 0
+    prompt: int
 
     def tokens(self, n, union=None, **bytes_) -> dict:
         """n tokens for each query head; ``union`` rows for each KV head (n, if None)."""
@@ -62,8 +68,10 @@ class Case:
     everything: dict | None = None
     gqa: tuple = (None,)
     expected: Callable[[Method, Seen], dict] | None = None
-    spoil: Callable[[Method, "Recorder", Batch], list] | None = None  # returns (tensor, mask of what was not read) pairs
+    # Returns (tensor, mask of what was not read) pairs; may note in the recorder which rows of the cache were read.
+    spoil: Callable[[Method, "Recorder", Batch], list] | None = None
     ideal: bool = False  # counts less than it reads, on purpose: no poison
+    scored: bool = False  # reads state even while it keeps everything
     prompts: tuple = PROMPTS
     short: tuple = SHORT  # these are for the interpreter
     short_layers: int = 2
@@ -119,6 +127,34 @@ def tidal_counts(m, x):
     return x.tokens(m.budget, bytes_idx=x.ids(m.budget))
 
 
+def snap_counts(m, x):
+    kept = m.prefix(x.layer, x.prompt) + m.window + x.length - x.prompt
+    return {"tokens_log": x.s.q_heads * kept} if m._gqa == "per_q_head" else x.tokens(kept)
+
+
+def tova_counts(m, x):
+    return x.tokens(min(x.length, m.capacity + 1))
+
+
+def h2o_counts(m, x):
+    n = min(x.length, m.heavy + m.recent + 1)
+    return x.tokens(n, bytes_state=8 * x.s.kv_heads * n)
+
+
+def kivi_counts(m, x):
+    k, v = (x.length - 1) // m.residual * m.residual, max(0, x.length - 1 - m.residual)
+    code = m.bits * x.s.head_dim // 8 + 4 * x.s.head_dim // m.group
+    exact = (2 * x.length - k - v) * 2 * x.s.head_dim
+    flushed = x.length - 1 > x.prompt and (x.length - 1) % m.residual == 0
+    write = {"bytes_write": x.s.kv_heads * code * (v > 0), "bytes_maint": x.s.kv_heads * code * m.residual * flushed}
+    return x.tokens(x.length, bytes_kv=x.s.kv_heads * ((k + v) * code + exact), **write)
+
+
+def int8_counts(m, x):
+    row = 2 * x.s.head_dim + 8
+    return x.tokens(x.length, bytes_kv=x.s.kv_heads * x.length * row, bytes_write=x.s.kv_heads * (row - x.s.kv_row_bytes))
+
+
 def rocket_counts(m, x):
     prompt = x.prompt
     evicts = prompt > (max(m.size.keep, m.budget) if m.mode == "harness" else m.size.keep)
@@ -165,6 +201,24 @@ def spoil_multipole(m, recorder, batch):
             for i in range(int(m.clusters[b])):
                 near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
         pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
+    return pairs
+
+
+def spoil_survivors(m, recorder, batch):
+    """Ids of places that hold no token."""
+    left = m.survivors
+    return [(left.ids, torch.arange(left.ids.shape[-1], device=left.ids.device) >= left.counts[..., None])]
+
+
+def spoil_codes(m, recorder, batch):
+    """Parameters of groups that hold no token yet. Of the cache, only what is not stored as codes is read, and what this step turns into codes."""
+    pairs = []
+    for b, length in enumerate(batch.lengths):
+        stops = [x.item() for x in m._stops(torch.tensor(length))] if isinstance(m, KIVI) else (length - 1, length - 1)
+        recorder.k[:, b, :, stops[0] : length] = True
+        recorder.v[:, b, :, max(0, stops[1] - 1) : length] = True
+        for codes in (side for layer in m.codes for side in layer):
+            pairs += [(x[b], torch.arange(x.shape[2])[:, None] * codes.scheme.tokens >= length) for x in (codes.scale, codes.zero) if x is not None]
     return pairs
 
 
@@ -224,6 +278,15 @@ CASES = {
     ),
     "tidaldecode": Case(maker(TidalDecode, budget=25, reselect=9), {"budget": 500}, ("mean", "per_q_head"), tidal_counts, short_layers=4),
     "tidaldecode faithful": Case(maker(TidalDecode, budget=25, reselect=9, mode="faithful"), {"budget": 500}, (None,), tidal_counts, short_layers=4),
+    "snapkv": Case(maker(SnapKV, capacity=25, window=8), {"capacity": 500}, ("sum", "max", "per_q_head"), snap_counts, spoil_survivors),
+    "snapkv faithful": Case(maker(SnapKV, capacity=25, window=8, mode="faithful"), {"capacity": 500}, (None,), snap_counts, spoil_survivors),
+    "pyramidkv": Case(maker(PyramidKV, capacity=25, beta=4), {"capacity": 500}, ("sum", "max", "per_q_head"), snap_counts, spoil_survivors),
+    "tova": Case(maker(TOVA, capacity=25), {"capacity": 500}, ("mean",), tova_counts, spoil_survivors),
+    "tova faithful": Case(maker(TOVA, capacity=25, mode="faithful"), {"capacity": 500}, (None,), tova_counts, spoil_survivors),
+    "h2o": Case(maker(H2O, heavy=15, recent=10), {"heavy": 300, "recent": 300}, (None,), h2o_counts, spoil_survivors, scored=True),
+    "kivi": Case(maker(KIVI, bits=2, group=16, residual=32), expected=kivi_counts, spoil=spoil_codes),
+    "kivi 4": Case(maker(KIVI, group=32, residual=32), expected=kivi_counts, spoil=spoil_codes),
+    "int8": Case(INT8, expected=int8_counts, spoil=spoil_codes),
 }
 
 
@@ -255,7 +318,7 @@ class Recorder:
                         rows[layer, b, h // group, max(first, 0) : max(end, 0)] = True
         self.ledger.read(layer, spans)
 
-    def selected(self, layer, ids, counts, unit, lengths, indexed=True, all_keys=False):
+    def selected(self, layer, ids, counts, unit, lengths, indexed=True, all_keys=False, rows=None):
         if self.muted:
             return
         sets = ids.shape[1]
@@ -263,11 +326,11 @@ class Recorder:
         for b, length in enumerate(lengths.tolist()):
             for r in range(sets):
                 for i in ids[b, r, : counts[b, r]].tolist():
-                    for rows in (self.k, self.v):
-                        rows[layer, b, r * self.k.shape[2] // sets, i * unit : min((i + 1) * unit, length)] = True
+                    for found in (self.k, self.v):
+                        found[layer, b, r * self.k.shape[2] // sets, i * unit : min((i + 1) * unit, length)] = True
             if all_keys:
                 self.k[layer, b, :, :length] = True
-        self.ledger.selected(layer, ids, counts, unit, lengths, indexed, all_keys)
+        self.ledger.selected(layer, ids, counts, unit, lengths, indexed, all_keys, rows)
 
     def add(self, layer, category, per, units=1):
         if self.muted:
@@ -279,7 +342,7 @@ class Recorder:
         self.ledger.add(layer, category, per, units)
 
     def __getattr__(self, name):
-        return lambda *args: None if self.muted else getattr(self.ledger, name)(*args)
+        return lambda *args, **options: None if self.muted else getattr(self.ledger, name)(*args, **options)
 
 
 def test_poison_outside_the_reported_reads(case, backend):
@@ -293,13 +356,17 @@ def test_poison_outside_the_reported_reads(case, backend):
     for _ in range(4 if fast(backend) else 1):
         batch.grow()
         recorder.clear()
+        earlier = {name: state.clone() for name, state in batch.method._buffers.items()}
         want = batch.attend()
         batch.ledger.end_step()
         torch.testing.assert_close(want, reference.step(), atol=2e-5, rtol=2e-5)
         if case.ideal:
             continue
+        spoils = case.spoil(batch.method, recorder, batch) if case.spoil else []
+        for name, state in earlier.items():  # a step may change its state
+            batch.method._buffers[name].copy_(state)
         pool, cache = batch.cache.pool, batch.cache
-        clean = [(rows, rows.clone()) for rows in (pool.k, pool.v)]
+        clean = [(rows, rows.clone(), True) for rows in (pool.k, pool.v)]
         for rows, reported in ((pool.k, recorder.k), (pool.v, recorder.v)):
             kept = torch.zeros(*rows.shape[:2], pool.pages * pool.page_size, dtype=torch.bool)
             for b, length in enumerate(batch.lengths):
@@ -308,14 +375,14 @@ def test_poison_outside_the_reported_reads(case, backend):
                 kept[:, :, slots[-1]] = True
                 spoiled += int((~reported[:, b, :, :length]).sum())
             rows.masked_fill_(~kept.view(*rows.shape[:-1], 1).to(rows.device), NAN)
-        for state, mask in case.spoil(batch.method, recorder, batch) if case.spoil else []:
-            clean.append((state, state.clone()))
-            state.masked_fill_(mask, NAN)
+        for state, mask in spoils:
+            clean.append((state, state.clone(), mask))
+            state.masked_fill_(mask, NAN if state.is_floating_point() else 10**6)
         recorder.muted = True
         torch.testing.assert_close(batch.attend(), want, atol=0, rtol=0)
         recorder.muted = False
-        for rows, before in clean:
-            rows.copy_(before)
+        for rows, before, mask in clean:  # what the step wrote stays
+            rows.copy_(torch.where(torch.as_tensor(mask, device=rows.device), before, rows))
     assert all((a == b).all() for a, b in zip(batch.counts().values(), reference.counts().values(), strict=True))
     assert case.ideal or (spoiled > 0) == (not isinstance(batch.method, Full)) or not fast(backend)
 
@@ -353,7 +420,7 @@ def test_a_budget_for_everything_is_full_attention_and_counts_as_it(case, group)
     counts = batch.counts()
     assert (counts["tokens_log"] == counts["tokens_log_full"]).all()
     assert (counts["bytes_kv"] == counts["bytes_full"]).all()
-    assert not any(counts[f"bytes_{c}"].any() for c in ("meta", "state", "idx"))
+    assert not any(counts[f"bytes_{c}"].any() for c in ("meta", "state", "idx") if c != "state" or not case.scored)
 
 
 def test_where_pages_lie_makes_no_difference(case):
@@ -449,6 +516,9 @@ def stub(s) -> Kernels:
         row_scores=lambda weights, table, units, rows=None: torch.zeros(*weights.shape[:3], table.shape[-1]),
         extend_bounds=lambda *args: None,
         weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
+        attend_quantised=lambda *args: state(),
+        quantise_rows=lambda *args: None,
+        probabilities=lambda q, cache, layer, ids, *args: torch.zeros(s.batch, s.q_heads, ids.shape[-1]),
     )
 
 

@@ -1,0 +1,81 @@
+"""H2O: keep the tokens that have received most attention so far, and the most recent ones.
+
+Zhang, Sheng, Zhou, Chen, Zheng, Cai, Song, Tian, Re, Barrett, Wang, Chen. arXiv:2306.14048, NeurIPS 2023. Written from the description alone.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from macbench.methods.base import Method, fitted, is_int, require
+from macbench.methods.survivors import Survivors
+from macbench.methods.tova import kept
+
+
+@dataclass
+class H2O(Method):
+    """Heavy hitters H = ``heavy``, recent tokens R = ``recent``, P prompt tokens, KV head g.
+
+        prompt  a[g, i] = sum over the heads h of g and all prompt queries j >= i of softmax_j(q_hj . k / sqrt(d))_i
+                keep the H best of the first P - R and the last R; everything if P <= H + R
+        step    attend to what is left and the new token (H + R + 1 rows), add its probabilities (summed over the group) to a,
+                then evict argmin a[g] among all but the newest R
+
+    Sums are float32, not normalised by how many queries saw a token, which favours early ones as in the paper; what is evicted loses
+    its score. Tokens keep their true positions. Ties keep the lowest position. The paper's models have one query head per KV head; the sum over a
+    group is ours. There is no other mode: the public simulation of short tasks ranks by attention from the future.
+
+    Counted per layer and KV head, with n = min(L, H + R + 1): n rows, read compactly without an index, and as state 8 n bytes, float32 scores
+    read and written. The probabilities come from a second pass over the keys that were just read, which is no further access.
+    rho_bytes = (H + R + 1) (4 d + 8) / (4 d L); floor: three rows (H = R = 1).
+    """
+
+    heavy: int = 512
+    recent: int = 512
+
+    def __post_init__(self):
+        require(is_int(self.heavy, 1), "method", "heavy", self.heavy, "an integer of at least 1")
+        require(is_int(self.recent, 1), "method", "recent", self.recent, "an integer of at least 1")
+
+    @property
+    def prompt_column_sums(self):
+        return True
+
+    def caution(self, ctx):
+        if ctx <= self.heavy + self.recent + 1:
+            return f"h2o keeps {self.heavy + self.recent + 1} tokens; ctx={ctx} evicts nothing"
+
+    def fit(self, rho, tokens, shape):
+        row = 1 + 8 / shape.kv_row_bytes  # a row and its score, in rows
+        capacity = round(rho * tokens / row) - 1
+        fitted(self, rho, tokens, "recent", capacity, 2, 3 * row / tokens, "a heavy hitter, a recent token and the newest")
+        heavy = min(max(1, round(capacity * self.heavy / (self.heavy + self.recent))), capacity - 1)
+        return replace(self, heavy=heavy, recent=capacity - heavy)
+
+    def begin(self, shape, kernels, ledger):
+        super().begin(shape, kernels, ledger)
+        room = self.heavy + self.recent + 1
+        self.survivors = Survivors(self, shape.kv_heads, room)
+        self.scores = self.buffer("scores", shape.layers, shape.batch, shape.kv_heads, room, dtype=torch.float32)
+
+    def after_prefill(self, layer, request, queries, cache):
+        prompt, sums = cache.host_lengths[request], queries.column_sums
+        left = torch.arange(prompt, device=sums.device).expand(len(sums), -1)
+        if prompt > self.heavy + self.recent:
+            left = kept(sums, self.heavy + self.recent, self.recent)
+        self.survivors.keep(layer, request, left, prompt)
+        self.scores[layer, request, :, : left.shape[1]] = sums.gather(1, left)
+
+    def attend(self, layer, q_pre, q, cache):
+        left, shape = self.survivors, self.shape
+        if layer == 0:  # for all layers
+            left.grow(cache.lengths)
+            self.scores.scatter_(-1, left.slot[..., None], 0)
+        ids, counts, scores = left.ids[layer], left.counts[layer], self.scores[layer]
+        self.ledger.selected(layer, ids, counts, 1, cache.lengths, indexed=False, rows=left.rows[layer])
+        self.ledger.add(layer, "state", 8, counts)
+        state = self.kernels.attend_selected(q, cache, layer, ids, counts, shape.scale)
+        received = self.kernels.probabilities(q, cache, layer, ids, counts, state.lse, shape.scale)
+        scores += received.unflatten(1, (shape.kv_heads, -1)).sum(2)
+        left.evict(layer, scores, cache.lengths, self.recent)
+        return state.out.to(q.dtype)

@@ -1,0 +1,64 @@
+"""What evicting methods share: per layer, request and set the list of tokens that are left, and how scores become such a list.
+
+The lists are ids into the shared cache, which stays whole for other methods. A real system would move the survivors' rows together and read
+them without a list, and nothing else of the cache; so these methods count the rows and no index.
+"""
+
+import torch
+from macbench_kernels import top
+
+
+class Survivors:
+    """ids int32 [layers, B, R, room], of which the first counts int32 [layers, B, R] are valid; R = Hkv, or Hq if every query head has its own.
+
+    A request holds ``kept`` of its prompt's tokens and every later one, until ``room`` are held: from then on ``evict`` frees a place in
+    every step, which the next token takes. All memory comes from the method's buffers; ``grow`` and ``evict`` do not synchronise.
+    """
+
+    def __init__(self, method, sets: int, room: int):
+        shape = method.shape
+        lists = (shape.layers, shape.batch, sets)
+        self.ids = method.buffer("survivors", *lists, room, dtype=torch.int32)
+        self.slot = method.buffer("slot", *lists, dtype=torch.int64)  # where the newest token is
+        self.counts = method.buffer("counts", *lists, dtype=torch.int32)
+        self.rows = method.buffer("rows", shape.layers, shape.batch, shape.kv_heads, dtype=torch.int32)  # union of a group's sets
+        self._freed = method.buffer("freed", *lists, dtype=torch.int64)
+        # To be added to a request's length.
+        self._offset = method.buffer("offset", shape.layers, shape.batch, 1, dtype=torch.int32)
+        self._rows_offset = method.buffer("rows offset", shape.layers, shape.batch, shape.kv_heads, dtype=torch.int32)
+        self._place = torch.arange(room, device=shape.device)
+        self._room = room
+
+    def keep(self, layer: int, request: int, kept: torch.Tensor, prompt: int) -> None:
+        """Start a request with the tokens ``kept`` [R, n], or [n] for all sets alike, of its ``prompt`` tokens."""
+        kept = kept.expand(self.ids.shape[2], -1)
+        self.ids[layer, request, :, : kept.shape[1]] = kept
+        self._offset[layer, request] = kept.shape[1] - prompt
+        heads = self.rows.shape[2]
+        union = [len(group.unique()) for group in kept.reshape(heads, -1)] if len(kept) != heads else [kept.shape[1]] * heads
+        self._rows_offset[layer, request] = torch.tensor(union, device=kept.device) - prompt
+
+    def grow(self, lengths: torch.Tensor) -> None:
+        """Give the newest token of every request its place, in all layers; lengths int32 [B]. Doing it twice changes nothing."""
+        lengths = lengths[:, None]
+        wanted = lengths + self._offset
+        self.counts.copy_(wanted.clamp(0, self._room).expand_as(self.counts))
+        self.rows.copy_((lengths + self._rows_offset).clamp(min=0))
+        if self.rows.shape == self.counts.shape:
+            torch.minimum(self.rows, self.counts, out=self.rows)
+        self.slot.copy_(torch.where(wanted > self._room, self._freed, self.counts.long() - 1).clamp(min=0))
+        self.ids.scatter_(-1, self.slot[..., None], (lengths - 1).expand_as(self.counts)[..., None])
+
+    def evict(self, layer: int, weights: torch.Tensor, lengths: torch.Tensor, newest: int) -> None:
+        """Free the place with the least of ``weights`` [B, R, room], ties to the latest token; the ``newest`` tokens are safe. For full lists."""
+        ids = self.ids[layer]
+        free = (self._place < self.counts[layer][..., None]) & (ids < lengths[:, None, None] - newest)
+        weights = weights.masked_fill(~free, float("inf"))
+        least = free & (weights == weights.amin(-1, keepdim=True))
+        self._freed[layer].copy_(torch.where(least, ids, -1).argmax(-1))
+
+
+def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Positions of the ``keep`` highest scores [..., n], ties to the lowest position, sorted by position: int64 [..., keep]."""
+    ids, _ = top(scores, keep, torch.ones_like(scores, dtype=torch.bool))
+    return ids.long().sort(-1).values

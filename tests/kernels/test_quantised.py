@@ -1,0 +1,140 @@
+"""Codes against hand-made examples, attention over them against a float64 dequantise-and-attend reference."""
+
+import pytest
+import torch
+from macbench_kernels import Codes, Scheme, UnsupportedError, kernels
+from macbench_kernels.quantised import encode, pack, unpack
+
+from tests.conftest import DEVICE, exact_state, filled_cache
+
+INT8 = (Scheme(8, 1, 64, symmetric=True),) * 2
+
+
+def kivi(bits, group=32):
+    return Scheme(bits, group, 1), Scheme(bits, 1, group)
+
+
+def decoded(codes, scale, zero):
+    return codes * scale + zero
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "scale", "zero", "want", "restored"),
+    [
+        (2, [-1, 0, 0.5, 2], 1, -1, [0, 1, 2, 3], [-1, 0, 1, 2]),
+        (2, [0.1, 0.2, 0.35, 0.9], 0.266667, 0.1, [0, 0, 1, 3], [0.1, 0.1, 0.366667, 0.9]),
+        (4, [0, 1, 2, 7.5, 15], 1, 0, [0, 1, 2, 8, 15], [0, 1, 2, 8, 15]),
+    ],
+)
+def test_golden_asymmetric_codes(bits, values, scale, zero, want, restored):
+    """Along channels (values) and along tokens (keys): the same arithmetic. Scale and zero are those of the document rounded to float16."""
+    x = torch.tensor([values])
+    for rows, scheme in ((x, Scheme(bits, 1, len(values))), (x.mT, Scheme(bits, len(values), 1))):
+        codes, s, z = encode(rows, scheme)
+        assert codes.flatten().tolist() == want
+        torch.testing.assert_close((s.item(), z.item()), (float(scale), float(zero)), atol=2e-4, rtol=0)
+        torch.testing.assert_close(decoded(codes, s.float(), z.float()).flatten(), torch.tensor(restored).float(), atol=6e-4, rtol=0)
+
+
+def test_golden_int8():
+    codes, scale, zero = encode(torch.tensor([[0.5, -3, 7, 1.75]]), Scheme(8, 1, 4, symmetric=True))
+    assert zero is None
+    assert (codes - 128).flatten().tolist() == [9, -54, 127, 32]
+    assert scale.item() == pytest.approx(0.055118, abs=1e-6)
+    torch.testing.assert_close((codes - 128) * scale, torch.tensor([[0.496063, -2.976378, 7, 1.763780]]), atol=1e-6, rtol=0)
+
+
+def test_golden_word_and_packing_is_reversible():
+    assert pack(torch.tensor([0, 1, 2, 3] + [0] * 12), 2).tolist() == [228]
+    for bits in (2, 4, 8):
+        codes = torch.randint(0, 2**bits, (3, 5, 64))
+        words = pack(codes, bits)
+        assert words.dtype == torch.int32 and words.shape == (3, 5, 2 * bits)
+        assert torch.equal(unpack(words, bits), codes.int())
+
+
+def test_a_constant_group_stays_itself():
+    codes, scale, zero = encode(torch.full((1, 4), 0.5), Scheme(2, 1, 4))
+    assert codes.tolist() == [[0, 0, 0, 0]]
+    assert (scale.item(), zero.item()) == (1, 0.5)
+
+
+def made(schemes, k, v, room):
+    """Codes of all of k, v [B, Hkv, n, d], rounded down to whole groups."""
+    batch, heads, n, dim = k.shape
+    both = []
+    for scheme, x in zip(schemes, (k, v), strict=True):
+        codes = Codes.create(scheme, batch, heads, room, dim, lambda name, *size, dtype: torch.zeros(size, dtype=dtype, device=DEVICE))
+        for b in range(batch):
+            codes.write(b, 0, x[b, :, : n - n % scheme.tokens])
+        both.append(codes)
+    return both
+
+
+def restored(scheme, x):
+    """What the definition makes of x [n, d] of whole groups, group by group in float64 with parameters as stored."""
+    out = torch.empty_like(x, dtype=torch.float64)
+    for i in range(0, x.shape[0], scheme.tokens):
+        for j in range(0, x.shape[1], scheme.channels):
+            group = x[i : i + scheme.tokens, j : j + scheme.channels].double()
+            if scheme.symmetric:
+                scale = max(float(group.abs().max().float() / 127), 1e-6)
+                out[i : i + scheme.tokens, j : j + scheme.channels] = (group / scale).round().clamp(-128, 127) * scale
+                continue
+            zero, scale = group.min().half().double(), ((group.max() - group.min()).float() / (2**scheme.bits - 1)).half().double()
+            codes = ((group - zero) / scale).round().clamp(0, 2**scheme.bits - 1)
+            out[i : i + scheme.tokens, j : j + scheme.channels] = codes * scale + zero
+    return out
+
+
+@pytest.mark.parametrize("schemes", [kivi(2), kivi(4, 16), INT8], ids=["kivi2", "kivi4", "int8"])
+@pytest.mark.parametrize(
+    ("lengths", "k_stop", "v_stop"), [([150, 33], [128, 32], [101, 7]), ([64, 96], [64, 96], [64, 96]), ([5, 0], [0, 0], [0, 0])]
+)
+def test_attention_equals_dequantised_in_float64(backend, schemes, lengths, k_stop, v_stop):
+    torch.manual_seed(0)
+    kv_heads, group, dim = 2, 3, 64
+    k, v = (torch.randn(2, kv_heads, 160, dim, device=DEVICE) for _ in range(2))
+    q = torch.randn(2, kv_heads * group, dim, device=DEVICE)
+    cache = filled_cache(k, v, shuffle=True)
+    both = made(schemes, k, v, 170)
+    cache.lengths.copy_(torch.tensor(lengths))
+    cache.host_lengths = lengths
+    stops = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (k_stop, v_stop)]
+    out, lse = kernels(backend, DEVICE).attend_quantised(q, cache, 0, *both, *stops, 0.125)
+    for b, length in enumerate(lengths):
+        for h in range(kv_heads * group):
+            g = h // group
+            if not length:
+                assert lse[b, h] == float("-inf") and not out[b, h].any()
+                continue
+            rows = []
+            for scheme, x, stop in ((schemes[0], k, k_stop[b]), (schemes[1], v, v_stop[b])):
+                rows.append(
+                    torch.cat([restored(scheme, x[b, g, : stop - stop % scheme.tokens]), x[b, g, stop - stop % scheme.tokens : length].double()])
+                )
+            want, want_lse = exact_state(q[b, h], *rows, 0.125)
+            torch.testing.assert_close(out[b, h].double(), want, atol=3e-5, rtol=3e-5)
+            torch.testing.assert_close(lse[b, h].double(), want_lse, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scheme", "dim"), [(Scheme(2, 1, 32), 64), (Scheme(4, 1, 32), 96), (Scheme(8, 1, 96, True), 96)])
+def test_a_row_is_quantised_like_a_block(backend, scheme, dim, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 40, dim, device=DEVICE).to(dtype)
+    cache = filled_cache(x, x, shuffle=True)
+    want, _ = made((scheme, scheme), x, x, 48)
+    got, _ = made((scheme, scheme), x[:, :, :0], x[:, :, :0], 48)
+    for position in ([0, 39], [17, -3]):
+        kernels(backend, DEVICE).quantise_rows(got, cache.keys(0), cache, torch.tensor(position, dtype=torch.int32, device=DEVICE))
+    for b, rows in enumerate(([0, 17], [0, 39])):
+        for name in ("words", "scale", "zero"):
+            if getattr(got, name) is not None:
+                assert torch.equal(getattr(got, name)[b][:, rows], getattr(want, name)[b][:, rows]), name
+    assert not got.words[0, :, 18:].any()
+
+
+def test_sizes_that_do_not_pack_are_refused():
+    with pytest.raises(UnsupportedError, match="head_dim=48 with 2-bit codes in groups of 32 channels: must be a multiple of 16 and of 32"):
+        Codes.create(Scheme(2, 1, 32), 1, 1, 10, 48, lambda name, *size, dtype: None)

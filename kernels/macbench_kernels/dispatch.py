@@ -19,8 +19,8 @@ class Kernels:
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
-    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of summaries, scores of
-    all tokens.
+    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of such summaries,
+    and scores of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
     ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may

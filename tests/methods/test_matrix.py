@@ -189,6 +189,21 @@ def spoil_quest(m, recorder, batch):
     return pairs
 
 
+def spoil_multipole(m, recorder, batch):
+    """Centroids that do not exist or whose request is dense; value centroids of near clusters as well, known by their tokens."""
+    pairs = []
+    index = torch.arange(m.counts[0].shape[-1])
+    for layer, (ids, counts) in enumerate(recorder.sets):
+        unread = ~((index < m._scored.cpu()[:, None])[:, None].expand(m.counts[0].shape))
+        near = unread.clone()
+        for b, g in [(b, g) for b in range(ids.shape[0]) for g in range(ids.shape[1])]:
+            tokens = set(ids[b, g, : counts[b, g]].tolist())
+            for i in range(int(m.clusters[b])):
+                near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
+        pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
+    return pairs
+
+
 def spoil_survivors(m, recorder, batch):
     """Ids of places that hold no token."""
     left = m.survivors
@@ -204,21 +219,6 @@ def spoil_codes(m, recorder, batch):
         recorder.v[:, b, :, max(0, stops[1] - 1) : length] = True
         for codes in (side for layer in m.codes for side in layer):
             pairs += [(x[b], torch.arange(x.shape[2])[:, None] * codes.scheme.tokens >= length) for x in (codes.scale, codes.zero) if x is not None]
-    return pairs
-
-
-def spoil_multipole(m, recorder, batch):
-    """Centroids that do not exist or whose request is dense; value centroids of near clusters as well, known by their tokens."""
-    pairs = []
-    index = torch.arange(m.counts[0].shape[-1])
-    for layer, (ids, counts) in enumerate(recorder.sets):
-        unread = ~((index < m._scored.cpu()[:, None])[:, None].expand(m.counts[0].shape))
-        near = unread.clone()
-        for b, g in [(b, g) for b in range(ids.shape[0]) for g in range(ids.shape[1])]:
-            tokens = set(ids[b, g, : counts[b, g]].tolist())
-            for i in range(int(m.clusters[b])):
-                near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
-        pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
     return pairs
 
 
@@ -441,6 +441,15 @@ def test_a_batch_is_what_its_requests_are_alone(case):
         assert all((together.counts()[name][..., b] == values[..., 0]).all() for name, values in one.counts().items())
 
 
+def test_idle_requests_disturb_nobody(case):
+    """A batch that is not full: rows that hold no token take part in every call."""
+    plain, padded = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), idle=2)
+    for _ in range(3):
+        torch.testing.assert_close(plain.step(), padded.step()[:, : len(case.prompts)], atol=1e-6, rtol=1e-6)
+    for name, values in plain.counts().items():
+        assert (values == padded.counts()[name][..., : len(case.prompts)]).all(), name
+
+
 def test_without_groups_all_ways_to_share_are_one(case):
     batches = [Batch(case.make(gqa=gqa) if gqa else case.make(), case.texts(group=1)) for gqa in case.gqa]
     for _ in range(3):
@@ -515,10 +524,10 @@ def stub(s) -> Kernels:
         token_scores=lambda q, cache, layer, scale, width: torch.zeros(s.batch, s.q_heads, width),
         row_scores=lambda weights, table, units, rows=None: torch.zeros(*weights.shape[:3], table.shape[-1]),
         extend_bounds=lambda *args: None,
+        weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
         probabilities=lambda q, cache, layer, ids, *args: torch.zeros(s.batch, s.q_heads, ids.shape[-1]),
-        weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
     )
 
 

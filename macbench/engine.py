@@ -96,13 +96,15 @@ class Request:
 class Engine:
     """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass.
 
-    ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
+    ``batch``: how many requests may decode together. ``follow``: for how many steps methods of a run follow full attention's text.
+    ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
     """
 
     def __init__(
         self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
     ):
         self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = network, kernels, ctx, chunk, batch, graph
+        self.follow = 0
         self.shape = attention_shape(network, ctx)
         s = self.shape
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.

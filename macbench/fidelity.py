@@ -1,57 +1,55 @@
 """How near a method stays to full attention along full attention's own text: next tokens, predictions, attention outputs.
 
-Both are fed the same tokens (teacher forcing), so that a difference at one step is not the echo of an earlier one. Everything is added up
-step by step; what is kept are full attention's logits of one example, in float32 on the host: steps * vocabulary * 4 bytes (128 tokens of
-Llama-3: 66 MB), in blocks, because their number is not known before.
+Both are fed the same tokens (teacher forcing), so that a difference at one step is not the echo of an earlier one. What is kept are full
+attention's logits of one batch, in float32 where they were made: steps * requests * vocabulary * 4 bytes (16 steps of one request of
+Llama-3: 8 MB).
 """
 
 import torch
 
-_BLOCK = 64  # steps per block of kept logits
-
 
 class Fidelity:
-    """One example: ``reference`` for every step of full attention, then, for each method, ``compare`` for the same steps and ``result``.
+    """A batch: ``reference`` for every step of full attention, then, for each method, ``compare`` for the same steps and ``result``.
 
-    Steps are numbered from 0 and come in order. ``logits``: [vocab] or [1, vocab], before which the same tokens were seen by both.
+    ``lengths``: how many steps each request has. Steps are numbered from 0 and come in order. ``logits``: [B, vocab], before which the
+    same tokens were seen by both; rows beyond the requests, and of requests that are at their end, are ignored.
     """
 
-    def __init__(self):
-        self._blocks: list[torch.Tensor] = []
-        self.steps = 0
+    def __init__(self, lengths: list[int]):
+        self.lengths = torch.tensor(lengths)
+        self._full: list[torch.Tensor] = []
         self._begin()
 
     def reference(self, step: int, logits: torch.Tensor) -> None:
         """Keep full attention's logits of a step."""
-        if step != self.steps:
-            raise ValueError(f"step {step} after {self.steps} steps")
-        row = step % _BLOCK
-        if row == 0:
-            self._blocks.append(torch.empty(_BLOCK, logits.numel(), dtype=torch.promote_types(logits.dtype, torch.float32)))
-        self._blocks[-1][row] = logits.flatten()
-        self.steps += 1
+        if step != len(self._full):
+            raise ValueError(f"step {step} after {len(self._full)} steps")
+        self._full.append(logits[: len(self.lengths)].to(torch.promote_types(logits.dtype, torch.float32), copy=True))
 
     def compare(self, step: int, logits: torch.Tensor) -> None:
         """Add a method's logits of a step."""
-        if step != self._compared or step >= self.steps:
-            raise ValueError(f"step {step} after {self._compared} of {self.steps} steps")
-        full = self._blocks[step // _BLOCK][step % _BLOCK].to(logits.device)
-        self._agreeing += top1(full, logits.flatten())
-        self._nats += kl(full, logits.flatten())
+        if step != self._compared or step >= len(self._full):
+            raise ValueError(f"step {step} after {self._compared} of {len(self._full)} steps")
+        full, logits = self._full[step], logits[: len(self.lengths)]
+        counts = step < self.lengths
+        self._agreeing += torch.where(counts, top1(full, logits).cpu(), 0)
+        self._nats += torch.where(counts, kl(full, logits).cpu(), 0.0)
         self._compared += 1
 
-    def result(self) -> dict[str, float | None]:
-        """``top1_agreement``: share of the steps with the same most likely token. ``kl_mean``: in nats. None without steps.
+    def result(self) -> list[dict[str, float | None]]:
+        """For each request, ``top1_agreement``: share of the steps with the same most likely token; ``kl_mean``: in nats. None without steps.
 
         The next method may begin.
         """
-        n = self._compared
-        found = {"top1_agreement": float(self._agreeing) / n if n else None, "kl_mean": float(self._nats) / n if n else None}
+        shares = zip(self.lengths.clamp(max=self._compared).tolist(), self._agreeing.tolist(), self._nats.tolist(), strict=True)
+        found = [{"top1_agreement": same / n if n else None, "kl_mean": nats / n if n else None} for n, same, nats in shares]
         self._begin()
         return found
 
     def _begin(self) -> None:
-        self._compared, self._agreeing, self._nats = 0, 0, 0.0
+        self._compared = 0
+        self._agreeing = torch.zeros(len(self.lengths), dtype=torch.int64)
+        self._nats = torch.zeros(len(self.lengths), dtype=torch.float64)
 
 
 def top1(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

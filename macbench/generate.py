@@ -12,6 +12,7 @@ from macbench_kernels import OutOfPages, UnsupportedError
 
 from macbench.engine import Engine, Generation, Prompt, Request
 from macbench.errors import ConfigError
+from macbench.fidelity import Fidelity
 from macbench.models.weights import LoadedModel
 from macbench.partial import Partial
 from macbench.sampling import StopStrings
@@ -24,7 +25,8 @@ Progress = Callable[[str], Callable[[int], None]]
 @dataclass
 class Answer:
     """What one variant made of an example. Over all calls: ``generation`` (steps, counts and tokens one after the other),
-    ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before."""
+    ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before.
+    ``fidelity``: its columns, along full attention's first text."""
 
     text: str
     generation: Generation
@@ -33,6 +35,7 @@ class Answer:
     last: Example
     earlier: list[str] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    fidelity: dict = field(default_factory=dict)
 
     def then(self, later: "Answer") -> "Answer":
         return Answer(
@@ -43,6 +46,7 @@ class Answer:
             later.last,
             [*self.earlier, self.text, *later.earlier],
             self.resumed_at + later.resumed_at,
+            self.fidelity,
         )
 
 
@@ -68,6 +72,7 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
             group = [e for e in prompts if made[e][i] is None]
             for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
                 made[e][i] = answer
+        _follow(engine, variants, prompts, made, rate)
     finally:
         for prompt in prompts.values():
             if isinstance(prompt, Prompt):
@@ -96,6 +101,28 @@ def _together(engine: Engine, variant, members: list, rate: Progress) -> list[An
         prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, lambda call=call, prompt=prompt: call.on(prompt))
         for call, prompt in members
     ]
+
+
+def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exception], made: Made, rate: Progress) -> None:
+    """Let every other method see the text that full attention wrote, for ``engine.follow`` steps at most, and note how its predictions differ."""
+    full = next((i for i, v in enumerate(variants) if v.name == "full"), None)
+    if full is None or not engine.follow or len(variants) < 2:
+        return
+    written = {e: made[e][full].generation.tokens for e in prompts if isinstance(made[e][full], Answer) and not made[e][full].resumed_at}
+    feeds = {e: tokens[: engine.follow + 1] for e, tokens in written.items() if len(tokens) > 1}
+    if not feeds:
+        return
+    meter = Fidelity([len(feed) - 1 for feed in feeds.values()])
+    requests = [Request(prompts[e], len(feed), feed=feed) for e, feed in feeds.items()]
+    if isinstance(_attempt(engine, lambda: engine.decode_batch(requests, variants[full].method, rate("follow"), meter.reference)), Exception):
+        return
+    for i, variant in enumerate(variants):
+        if i != full and not isinstance(
+            _attempt(engine, lambda v=variant: engine.decode_batch(requests, v.method, rate("follow"), meter.compare)), Exception
+        ):
+            for e, found in zip(feeds, meter.result(), strict=True):
+                if isinstance(made[e][i], Answer):
+                    made[e][i].fidelity = found
 
 
 class Call:

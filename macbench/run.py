@@ -71,6 +71,7 @@ def run(cfg: DictConfig) -> int:
     if any(todo.values()):
         model = load(cfg.model, device, chat)
         engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, cfg.batch or 1, cfg.engine.graph)
+        engine.follow = cfg.follow
         facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
@@ -205,7 +206,7 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
             meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
-            row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation)
+            row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"] += step_rows(answer.generation, key)
             tables["layers"] += layer_rows(answer.generation, key)
         else:

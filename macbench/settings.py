@@ -41,6 +41,7 @@ def check(cfg: DictConfig) -> None:
     for key, low, high in (
         ("limit", 1, MOST_EXAMPLES),
         ("seed", 0, 2**63 - 1),
+        ("follow", 0, 2**20),
         ("engine.page_size", 1, 2**16),
         ("engine.prefill_chunk", 1, 2**31 - 1),
     ):

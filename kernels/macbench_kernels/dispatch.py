@@ -21,7 +21,7 @@ class Kernels:
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
     ``extend_bounds``, ``row_scores``, ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
-    ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
+    ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Kernels:
     attend_quantised: Callable
     quantise_rows: Callable
     column_sums: Callable
-    probabilities: Callable
+    least_attended: Callable
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -64,7 +64,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             attend_quantised=quantised.attend_quantised,
             quantise_rows=quantised.quantise_rows,
             column_sums=scores.column_sums,
-            probabilities=scores.probabilities,
+            least_attended=scores.least_attended,
         )
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
@@ -96,5 +96,5 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         attend_quantised=triton_quantised.attend_quantised,
         quantise_rows=triton_quantised.quantise_rows,
         column_sums=triton_scores.column_sums,
-        probabilities=triton_scores.probabilities,
+        least_attended=triton_scores.least_attended,
     )

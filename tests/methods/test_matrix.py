@@ -430,9 +430,9 @@ def test_the_kernels_get_the_sets_that_are_reported(case):
     got = []
     layer = kernels("torch", DEVICE)
 
-    def spy(q, cache, i, ids, counts, *rest):
+    def spy(q, cache, i, ids, counts, *rest, **options):
         got.append((ids, counts))
-        return layer.attend_selected(q, cache, i, ids, counts, *rest)
+        return layer.attend_selected(q, cache, i, ids, counts, *rest, **options)
 
     batch = Batch(case.make(), texts(), layer_kernels=replace(layer, attend_selected=spy))
     recorder = batch.method.ledger = Recorder(batch)
@@ -458,14 +458,13 @@ def stub(s) -> Kernels:
     return replace(
         kernels("torch"),
         attend=lambda q, cache, layer, spans, scale: state(spans.shape[0]),
-        attend_selected=lambda *args: state(),
+        attend_selected=lambda *args, **options: state(),
         full=lambda q, cache, layer, scale: torch.zeros_like(q),
         token_scores=lambda q, cache, layer, scale, width: torch.zeros(s.batch, s.q_heads, width),
         row_scores=lambda weights, table, units, rows=None: torch.zeros(*weights.shape[:3], table.shape[-1]),
         extend_bounds=lambda *args: None,
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
-        probabilities=lambda q, cache, layer, ids, *args: torch.zeros(s.batch, s.q_heads, ids.shape[-1]),
     )
 
 

@@ -41,8 +41,8 @@ def least_attended(
     """Which token of every KV head's set got least attention: its place goes to ``place`` int64 [B, Hkv]. No host synchronisation.
 
     Attention is exp(scores - lse), from ``attend_selected``: scores [B, Hq, n], lse [B, Hq], ids int32 [B, Hkv, n], counts int32 [B, Hkv].
-    It is summed over a KV head's group, or with ``shared`` (all KV heads hold the same lists) over all query heads, and added to ``total`` float32 [B, Hkv, n] if given: then
-    the least of the totals is meant.
+    It is summed over a KV head's group, or with ``shared`` (all KV heads hold the same lists) over all query heads, and added to
+    ``total`` float32 [B, Hkv, n] if given: then the least of the totals is meant.
     The ``newest`` of the lengths int32 [B] tokens are left out; ties go to the latest token; without a candidate the place is 0.
     """
     kv_heads, n = ids.shape[1:]

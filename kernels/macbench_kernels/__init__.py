@@ -3,6 +3,7 @@
 It knows tensors only; no models, tasks, configuration or files.
 """
 
+from macbench_kernels import kmeans
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
@@ -30,6 +31,7 @@ __all__ = [
     "build_bounds",
     "empty_state",
     "kernels",
+    "kmeans",
     "merge",
     "present",
     "scanned_rows",

@@ -19,7 +19,8 @@ class Kernels:
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
-    ``extend_bounds``, ``row_scores``, ``token_scores``: bounds of key channels, scores of such summaries, and of all tokens.
+    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of summaries, scores of
+    all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
     """
@@ -33,6 +34,7 @@ class Kernels:
     mac_step: Callable
     extend_bounds: Callable
     row_scores: Callable
+    weigh_rows: Callable
     token_scores: Callable
     attend_quantised: Callable
     quantise_rows: Callable
@@ -60,6 +62,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             mac_step=compose(t.match, t.attend),
             extend_bounds=summaries.extend_bounds,
             row_scores=summaries.row_scores,
+            weigh_rows=summaries.weigh_rows,
             token_scores=summaries.token_scores,
             attend_quantised=quantised.attend_quantised,
             quantise_rows=quantised.quantise_rows,
@@ -92,6 +95,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         mac_step=triton_mac.mac_step,
         extend_bounds=triton_summaries.extend_bounds,
         row_scores=triton_summaries.row_scores,
+        weigh_rows=triton_summaries.weigh_rows,
         token_scores=triton_summaries.token_scores,
         attend_quantised=triton_quantised.attend_quantised,
         quantise_rows=triton_quantised.quantise_rows,

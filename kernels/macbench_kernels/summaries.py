@@ -74,3 +74,13 @@ def token_scores(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float,
             out[b, :, at : at + k.shape[1]] = (grouped @ k.to(out.dtype).mT).flatten(0, 1)
             at += k.shape[1]
     return out
+
+
+def weigh_rows(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """sum_j weights[b, g, m, j] * table[b, g, j]: weights float [B, Hkv, M, units], table [B, Hkv, units, d] -> [B, Hkv, M, d].
+
+    In at least float32 (products of half-precision tables in their precision on a GPU). A row is not read if all its weights are 0.
+    """
+    used = (weights != 0).any(2)[..., None]
+    kind = precise(table.dtype)
+    return weights.to(kind) @ table.to(kind).masked_fill(~used, 0)

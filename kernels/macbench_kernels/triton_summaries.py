@@ -6,12 +6,14 @@ import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.dispatch import UnsupportedError
-from macbench_kernels.triton_common import DTYPES, check, dependent_launch, follow, launch_options, on_device
+from macbench_kernels.triton_common import DTYPES, check, dependent_launch, follow, launch_options, on_device, processors
 
 # Columns of a scoring program, and products that it holds.
 _COLUMNS = 128
 _PRODUCTS = 4096
 _KEYS = 64
+# Weighing programs per multiprocessor.
+_SPLIT_PROGRAMS = 2
 
 
 @triton.jit
@@ -155,3 +157,50 @@ def token_scores(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float,
             EARLY=early, num_warps=4, **launch_options(early),
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _weigh_rows(
+    weights_ptr, table_ptr, part_ptr, units, share,
+    members: tl.constexpr, dim: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program: ``share`` rows of one (request, KV head). weights [B * Hkv, members, units], part [splits, B * Hkv, members, dim]."""
+    follow(EARLY)
+    pair, split = tl.program_id(0), tl.program_id(1)
+    member, channel = tl.arange(0, MEMBERS), tl.arange(0, DIM)
+    real = member < members
+    acc = tl.zeros([DIM, MEMBERS], tl.float32)
+    begin = split * share
+    for block in tl.range(begin, tl.minimum(begin + share, units), BLOCK, num_stages=STAGES):
+        row = block + tl.arange(0, BLOCK)
+        known = row < units
+        weight = tl.load(weights_ptr + (pair * members + member)[None, :] * units + row[:, None], mask=known[:, None] & real[None, :], other=0.0)
+        used = tl.max(tl.where(weight != 0, 1, 0), 1) > 0
+        at = (pair.to(tl.int64) * units + row)[:, None] * dim + channel[None, :]
+        value = tl.load(table_ptr + at, mask=used[:, None] & (channel < dim)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(value), weight.to(value.dtype), acc, input_precision="ieee")
+    target = ((split * tl.num_programs(0) + pair) * members + member)[None, :] * dim + channel[:, None]
+    tl.store(part_ptr + target, acc, mask=real[None, :] & (channel < dim)[:, None])
+
+
+def weigh_rows(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See summaries.weigh_rows: weights [B, Hkv, M, units], table [B, Hkv, units, d] contiguous -> float32 [B, Hkv, M, d]."""
+    batch, kv_heads, members, units = weights.shape
+    dim = table.shape[-1]
+    if table.dtype not in DTYPES or not table.is_contiguous() or weights.device != table.device:
+        raise UnsupportedError(f"table of {table.dtype} on {table.device}: must be float16, bfloat16 or float32, contiguous, on the weights' device")
+    weights = weights.float().contiguous()
+    block = 64 if table.element_size() == 2 else 16
+    aim = triton.cdiv(_SPLIT_PROGRAMS * processors(table.device), batch * kv_heads)
+    share = triton.cdiv(triton.cdiv(units, min(aim, triton.cdiv(units, block))), block) * block
+    splits = triton.cdiv(units, share)
+    part = torch.empty(splits, batch, kv_heads, members, dim, dtype=torch.float32, device=table.device)
+    early = dependent_launch(table.device)
+    with on_device(table):
+        _weigh_rows[(batch * kv_heads, splits)](
+            weights, table, part, units, share,
+            members=members, dim=dim, MEMBERS=max(16, triton.next_power_of_2(members)), DIM=triton.next_power_of_2(dim), BLOCK=block,
+            STAGES=3, EARLY=early, num_warps=4, **launch_options(early),
+        )  # fmt: skip
+    return part.sum(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from macbench_kernels import build_bounds, kernels, present, top
+from macbench_kernels import build_bounds, kernels, kmeans, present, top
 
 from tests.conftest import DEVICE, filled_cache
 
@@ -89,3 +89,43 @@ def test_token_scores(backend, group, dim):
         for h in range(2 * group):
             torch.testing.assert_close(got[b, h, :n].double(), 0.3 * k[b, h // group, :n].double() @ q[b, h].double(), atol=2e-5, rtol=2e-5)
         assert (got[b, :, n:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize(("members", "dim"), [(1, 64), (4, 96), (20, 128)])
+def test_weigh_rows_reads_no_row_without_weight(backend, members, dim):
+    torch.manual_seed(0)
+    table, weights = torch.randn(2, 2, 150, dim, device=DEVICE), torch.rand(2, 2, members, 150, device=DEVICE)
+    weights[:, :, :, 40:90] = 0
+    weights[1, 0] = 0
+    want = weights.double() @ table.double()
+    table.masked_fill_((weights == 0).all(2)[..., None], float("nan"))
+    got = kernels(backend, DEVICE).weigh_rows(weights, table)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_kmeans_finds_separate_groups():
+    torch.manual_seed(0)
+    centres = 10 * torch.randn(2, 4, 8, device=DEVICE)
+    truth = torch.randint(0, 4, (2, 200), device=DEVICE)
+    points = kmeans.take(centres, truth) + 0.1 * torch.randn(2, 200, 8, device=DEVICE)
+    found = kmeans.lloyd(
+        points, kmeans.take(points, torch.stack([(row == i).nonzero()[0, 0] for row in truth for i in range(4)]).view(2, 4)), 3, None
+    )
+    labels = kmeans.nearest(points, found)
+    assert torch.equal(labels, truth)
+    average, count = kmeans.means(points, labels, 6)
+    assert torch.equal(count[:, :4], torch.stack([row.bincount(minlength=4) for row in truth]))
+    assert not count[:, 4:].any()
+    assert not average[:, 4:].any()
+    torch.testing.assert_close(average[:, :4], found, atol=1e-4, rtol=1e-4)
+
+
+def test_kmeans_draws_distinct_points_and_fills_empty_clusters():
+    points = torch.randn(3, 50, 4, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    chosen = kmeans.draw(points, 50, generator)
+    assert all(sorted(row.tolist()) == list(range(50)) for row in chosen)
+    far = torch.full((3, 5, 4), 1e3, device=DEVICE)
+    assert kmeans.means(points, kmeans.nearest(points, far), 5)[1].tolist() == [[50, 0, 0, 0, 0]] * 3
+    found = kmeans.lloyd(points, far, 4, generator)
+    assert (kmeans.means(points, kmeans.nearest(points, found), 5)[1] > 0).float().mean() > 0.7

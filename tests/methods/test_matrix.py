@@ -5,7 +5,7 @@ layer of one step should count, and how to spoil those parts of its state that i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from macbench.methods.full import Full
 from macbench.methods.h2o import H2O
 from macbench.methods.int8 import INT8
 from macbench.methods.kivi import KIVI
+from macbench.methods.multipole import Multipole, layout
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.pyramidkv import PyramidKV
 from macbench.methods.quest import Quest
@@ -33,7 +34,13 @@ from tests.methods.driver import Batch, Text
 
 PROMPTS = (90, 41, 130)
 SHORT = (47, 20)
+STEPS = 6
 NAN = float("nan")
+
+
+def fast(backend: str) -> bool:
+    """The interpreter takes its time: few and short texts."""
+    return backend == "torch" or DEVICE == "cuda"
 
 
 @dataclass
@@ -65,7 +72,12 @@ class Case:
     spoil: Callable[[Method, "Recorder", Batch], list] | None = None
     ideal: bool = False  # counts less than it reads, on purpose: no poison
     scored: bool = False  # reads state even while it keeps everything
-    knobs: dict = field(default_factory=dict)  # settings under which ``fit`` is tried
+    prompts: tuple = PROMPTS
+    short: tuple = SHORT  # for the interpreter
+
+    def texts(self, backend="torch", **sizes) -> list[Text]:
+        prompts = self.prompts if fast(backend) else self.short
+        return [Text.random(n, STEPS, seed=n, device=DEVICE, **sizes) for n in prompts]
 
 
 # -- what each method should count ------------------------------------------------------------------------------------
@@ -151,6 +163,14 @@ def rocket_counts(m, x):
     return x.tokens(m.size.topk, bytes_meta=meta, bytes_write=write, bytes_idx=x.ids(m.size.topk))
 
 
+def multipole_counts(m, x):
+    clustered, _ = layout(x.prompt)
+    absorbed = clustered + (128 if x.length - 10 - clustered >= 256 else 0)
+    if absorbed <= (m.budget if m.mode == "harness" else 0):
+        return x.tokens(x.length)
+    return {}  # how many tokens near clusters have is checked in test_multipole
+
+
 # -- what each method's state did not read ----------------------------------------------------------------------------
 
 
@@ -181,6 +201,21 @@ def spoil_codes(m, recorder, batch):
         recorder.v[:, b, :, max(0, stops[1] - 1) : length] = True
         for codes in (side for layer in m.codes for side in layer):
             pairs += [(x[b], torch.arange(x.shape[2])[:, None] * codes.scheme.tokens >= length) for x in (codes.scale, codes.zero) if x is not None]
+    return pairs
+
+
+def spoil_multipole(m, recorder, batch):
+    """Centroids that do not exist or whose request is dense; value centroids of near clusters as well, known by their tokens."""
+    pairs = []
+    index = torch.arange(m.counts[0].shape[-1])
+    for layer, (ids, counts) in enumerate(recorder.sets):
+        unread = ~((index < m._scored.cpu()[:, None])[:, None].expand(m.counts[0].shape))
+        near = unread.clone()
+        for b, g in [(b, g) for b in range(ids.shape[0]) for g in range(ids.shape[1])]:
+            tokens = set(ids[b, g, : counts[b, g]].tolist())
+            for i in range(int(m.clusters[b])):
+                near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
+        pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
     return pairs
 
 
@@ -217,13 +252,22 @@ CASES = {
         ("sum", "max", "mean_query", "per_q_head"),
         quest_counts,
         spoil_quest,
-        knobs={"page": 16},
     ),
     "quest faithful": Case(maker(Quest, budget=24, page=8, dense_layers=(), mode="faithful"), {"budget": 500}, (None,), quest_counts, spoil_quest),
     "oracle_topk": Case(maker(OracleTopK, budget=25), {"budget": 500}, expected=oracle_counts),
     "oracle_topk per_q_head": Case(maker(OracleTopK, budget=25, variant="per_q_head"), {"budget": 500}, expected=oracle_counts),
     "oracle_topk page": Case(maker(OracleTopK, budget=32, variant="page", page=8), {"budget": 500}, expected=oracle_counts),
     "oracle_topk ideal": Case(maker(OracleTopK, budget=25, count="ideal"), {"budget": 500}, expected=oracle_counts, ideal=True),
+    "multipole": Case(
+        maker(Multipole, budget=40), {"budget": 500}, (None,), multipole_counts, spoil_multipole, prompts=(400, 393, 41, 262), short=(300, 20)
+    ),
+    "multipole faithful": Case(
+        *(maker(Multipole, budget=70, mode="faithful"), None, (None,), multipole_counts, spoil_multipole),
+        **{"prompts": (393, 262), "short": (300, 20)},
+    ),
+    "multipole near only": Case(
+        maker(Multipole, budget=40, replacement=False), {"budget": 500}, (None,), multipole_counts, spoil_multipole, prompts=(393, 262)
+    ),
     "rocketkv": Case(maker(RocketKV, budget=30, window=8, max_new=10), {"budget": 500}, (None,), rocket_counts, spoil_rocket),
     "rocketkv large": Case(maker(RocketKV, budget=60, window=8, max_new=10), {"budget": 500}, (None,), rocket_counts, spoil_rocket),
     "rocketkv faithful": Case(
@@ -246,15 +290,6 @@ CASES = {
 @pytest.fixture(params=CASES)
 def case(request) -> Case:
     return CASES[request.param]
-
-
-def texts(prompts=PROMPTS, steps=6, **sizes) -> list[Text]:
-    return [Text.random(n, steps, seed=n, device=DEVICE, **sizes) for n in prompts]
-
-
-def fast(backend: str) -> bool:
-    """The interpreter takes its time: few and short texts."""
-    return backend == "torch" or DEVICE == "cuda"
 
 
 class Recorder:
@@ -314,7 +349,7 @@ def test_poison_outside_the_reported_reads(case, backend):
     """
     if case.ideal:
         return
-    batch = Batch(case.make(), texts(PROMPTS if fast(backend) else SHORT), backend)
+    batch = Batch(case.make(), case.texts(backend), backend)
     recorder = batch.method.ledger = Recorder(batch)
     spoiled = 0
     for _ in range(4 if fast(backend) else 1):
@@ -350,15 +385,14 @@ def test_poison_outside_the_reported_reads(case, backend):
 def test_closed_forms(case):
     """The counts of every layer, request and step are those of the method's formulas; test_both_backends_agree holds the other backend to it."""
     method = case.make()
-    batch = Batch(method, texts())
-    steps = 6
-    for _ in range(steps):
+    batch = Batch(method, case.texts())
+    for _ in range(STEPS):
         batch.step()
     counts = batch.counts()
     s = batch.shape
-    for step in range(steps):
+    for step in range(STEPS):
         for layer in range(s.layers):
-            for b, prompt in enumerate(PROMPTS):
+            for b, prompt in enumerate(case.prompts):
                 length = prompt + 1 + step
                 got = {name: int(values[step, layer, b]) for name, values in counts.items()}
                 want = case.expected(method, Seen(layer, length, s, prompt))
@@ -375,7 +409,7 @@ def test_closed_forms(case):
 def test_a_budget_for_everything_is_full_attention_and_counts_as_it(case, group):
     if case.everything is None:
         return
-    batch = Batch(case.make(**case.everything), texts(group=group))
+    batch = Batch(case.make(**case.everything), case.texts(group=group))
     for _ in range(3):
         torch.testing.assert_close(batch.step().double(), batch.full(), atol=2e-5, rtol=2e-5)
     counts = batch.counts()
@@ -385,15 +419,15 @@ def test_a_budget_for_everything_is_full_attention_and_counts_as_it(case, group)
 
 
 def test_where_pages_lie_makes_no_difference(case):
-    plain, moved = Batch(case.make(), texts()), Batch(case.make(), texts(), permute=True)
+    plain, moved = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), permute=True)
     for _ in range(4):
         torch.testing.assert_close(plain.step(), moved.step(), atol=1e-6, rtol=1e-6)
     assert all((a == b).all() for a, b in zip(plain.counts().values(), moved.counts().values(), strict=True))
 
 
 def test_a_batch_is_what_its_requests_are_alone(case):
-    together = Batch(case.make(), texts())
-    alone = [Batch(case.make(), [text], max_tokens=together.shape.max_tokens) for text in texts()]
+    together = Batch(case.make(), case.texts())
+    alone = [Batch(case.make(), [text], max_tokens=together.shape.max_tokens) for text in case.texts()]
     for _ in range(6):
         out = together.step()
         for b, one in enumerate(alone):
@@ -403,14 +437,13 @@ def test_a_batch_is_what_its_requests_are_alone(case):
 
 
 def test_both_backends_agree(case):
-    prompts = PROMPTS if fast("triton") else SHORT
-    one, other = Batch(case.make(), texts(prompts)), Batch(case.make(), texts(prompts), "triton")
+    one, other = Batch(case.make(), case.texts("triton")), Batch(case.make(), case.texts("triton"), "triton")
     torch.testing.assert_close(one.step(), other.step(), atol=2e-5, rtol=2e-5)
     assert all((a == b).all() for a, b in zip(one.counts().values(), other.counts().values(), strict=True))
 
 
 def test_without_groups_all_ways_to_share_are_one(case):
-    batches = [Batch(case.make(gqa=gqa) if gqa else case.make(), texts(group=1)) for gqa in case.gqa]
+    batches = [Batch(case.make(gqa=gqa) if gqa else case.make(), case.texts(group=1)) for gqa in case.gqa]
     for _ in range(3):
         first, *others = [batch.step() for batch in batches]
         for other in others:
@@ -420,8 +453,8 @@ def test_without_groups_all_ways_to_share_are_one(case):
 def test_a_request_can_be_replaced_by_another(case):
     """State of an earlier request of the same row, or of an earlier generation, leaves no trace."""
     method = case.make()
-    Batch(method, texts(prompts=(130, 90, 60)))
-    used, fresh = Batch(method, texts()), Batch(case.make(), texts())
+    Batch(method, case.texts()[::-1])
+    used, fresh = Batch(method, case.texts()), Batch(case.make(), case.texts())
     for _ in range(3):
         torch.testing.assert_close(used.step(), fresh.step(), atol=0, rtol=0)
 
@@ -434,7 +467,7 @@ def test_the_kernels_get_the_sets_that_are_reported(case):
         got.append((ids, counts))
         return layer.attend_selected(q, cache, i, ids, counts, *rest, **options)
 
-    batch = Batch(case.make(), texts(), layer_kernels=replace(layer, attend_selected=spy))
+    batch = Batch(case.make(), case.texts(), layer_kernels=replace(layer, attend_selected=spy))
     recorder = batch.method.ledger = Recorder(batch)
     for _ in range(2):
         batch.grow()
@@ -465,11 +498,15 @@ def stub(s) -> Kernels:
         extend_bounds=lambda *args: None,
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
+        weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
     )
 
 
 class Watch(TorchDispatchMode):
-    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data."""
+    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data.
+
+    ``tolist`` and ``numpy`` reach no dispatcher: the test replaces them.
+    """
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh", "bincount")
 
@@ -486,21 +523,34 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_can_be_captured(case):
+def refuse(*args):
+    raise AssertionError("reads a tensor on the host")
+
+
+def test_watch_sees_what_it_should():
+    x = torch.arange(4)
+    for use in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 1], lambda: torch.tensor([1]), lambda: int(x[0])):
+        with pytest.raises(AssertionError), Watch():
+            use()
+
+
+def test_a_step_can_be_captured(case, monkeypatch):
     """Nothing in attend or in the ledger synchronises, and steps of other lengths do exactly the same operations."""
     if DEVICE == "cuda":
         return
     logs = []
-    for prompts in (PROMPTS, (20, 131, 3)):
-        data = texts(prompts, 140 - max(prompts))
+    longest = max(case.prompts) + 10
+    for prompts in (case.prompts, (20, longest - 9, 3, 50)[: len(case.prompts)]):
+        data = [Text.random(n, longest - n, seed=n) for n in prompts]
         shape = Batch(Full(), data).shape
-        batch = Batch(case.make(), data, layer_kernels=stub(shape), max_tokens=150)
-        batch.method.begin(batch.shape, stub(shape), batch.ledger)
+        batch = Batch(case.make(), data, layer_kernels=stub(shape), max_tokens=longest)
         batch.step()  # the first step may allocate
         for _ in range(3):
             batch.grow()
             queries = [batch.queries(layer) for layer in range(shape.layers)]
-            with Watch() as watch:
+            with monkeypatch.context() as patch, Watch() as watch:
+                for name in ("tolist", "numpy", "cpu"):
+                    patch.setattr(torch.Tensor, name, refuse)
                 for layer, (q_pre, q) in enumerate(queries):
                     batch.method.attend(layer, q_pre, q, batch.cache)
                 batch.ledger.end_step()
@@ -541,6 +591,10 @@ def test_settings_files_build_their_method(file):
         (Quest, "dense_layers", "0"),
         (Quest, "gqa", "mean"),
         (Quest, "mode", "kernel"),
+        (Multipole, "budget", 0),
+        (Multipole, "replacement", 1),
+        (Multipole, "mode", "fast"),
+        (Multipole, "seed", -1),
         (OracleTopK, "budget", 0),
         (OracleTopK, "variant", "head"),
         (OracleTopK, "count", "free"),

@@ -200,7 +200,8 @@ def spoil_codes(m, recorder, batch):
         recorder.k[:, b, :, stops[0] : length] = True
         recorder.v[:, b, :, max(0, stops[1] - 1) : length] = True
         for codes in (side for layer in m.codes for side in layer):
-            pairs += [(x[b], torch.arange(x.shape[2])[:, None] * codes.scheme.tokens >= length) for x in (codes.scale, codes.zero) if x is not None]
+            unused = torch.arange(codes.scale.shape[2], device=codes.scale.device)[:, None] * codes.scheme.tokens >= length
+            pairs += [(x[b], unused) for x in (codes.scale, codes.zero) if x is not None]
     return pairs
 
 

@@ -31,6 +31,7 @@ from macbench_kernels import (
     triton_quantised,
     triton_scores,
     triton_selected,
+    triton_summaries,
 )
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
@@ -79,7 +80,6 @@ def peers(q: torch.Tensor, cache: PagedKVCache, ring: Ring):
         triton_quantised.quantise_rows(v, cache.values(0), cache, stop)
         triton_quantised.attend_quantised(q, cache, 0, k, v, stop, stop, 1.0)
 
-    yield lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0)
     yield lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0, scores=scores)
     yield lambda: triton_scores.least_attended(scores, lse, ids, counts, stop, 5, counts.long(), scores[:, :kv_heads].contiguous())
     yield lambda: triton_scores.column_sums(q[:, :, None].repeat(1, 1, 64, 1), cache, 0, 64, lse[..., None].repeat(1, 1, 64), 1.0)
@@ -103,11 +103,25 @@ def main(folder: Path | None) -> None:
         ring = Ring.create(1, heads, 512, dim, dtype, "cpu")
         q = torch.zeros(1, heads, dim, dtype=dtype)
         spans = torch.zeros(1, 2, 1, heads, dtype=torch.int32)
+        ids, counts = torch.zeros(1, 4, 512, dtype=torch.int32), torch.ones(1, 4, dtype=torch.int32)
+        own = torch.zeros(1, heads, 512, dtype=torch.int32), torch.ones(1, heads, dtype=torch.int32)
+        bounds, means = torch.zeros(1, 4, 2 * dim, 1024, dtype=dtype), torch.zeros(1, 4, 1024, dim, dtype=dtype)
+        shared, each, masses = torch.zeros(1, 4, 1, 2 * dim), torch.zeros(1, 4, group, 40), torch.zeros(1, 4, group, 1024)
+        rows, units = torch.zeros(1, 4, 40, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         print(f"-- {dtype} d={dim} group={group} page={page} {knobs or ''}")
         for call in (
             lambda: triton_mac.mac_step(q, q, cache, 0, ring, MacParams(1.0, 256), 1.0, **knobs),
             lambda: triton_attend.attend(q, cache, 0, spans, 1.0),
             lambda: triton_attend.attend_full(q, cache, 0, 1.0, **knobs),
+            lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0),
+            lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0, page),
+            lambda: triton_selected.attend_selected(q, cache, 0, *own, 1.0),
+            lambda: triton_summaries.extend_bounds(bounds, cache, 0, 16),
+            lambda: triton_summaries.extend_bounds(bounds, cache, 0, 3, units),
+            lambda: triton_summaries.row_scores(shared, bounds, units),
+            lambda: triton_summaries.row_scores(each, bounds, units, rows),
+            lambda: triton_summaries.weigh_rows(masses, means),
+            lambda: triton_summaries.token_scores(q, cache, 0, 1.0, 4096),
             *(() if knobs else peers(q, cache, ring)),
         ):
             compiled.clear()
@@ -127,5 +141,7 @@ if __name__ == "__main__":
         mock.patch.object(triton_match, "dependent_launch", lambda device: True),
         mock.patch.object(triton_attend, "dependent_launch", lambda device: True),
         mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_selected, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_summaries, "dependent_launch", lambda device: True),
     ):
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -11,7 +11,7 @@ from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.select import present, top
 from macbench_kernels.state import State, empty_state, merge
-from macbench_kernels.summaries import build_bounds
+from macbench_kernels.summaries import build_bounds, rounded
 from macbench_kernels.torch_backend import visible_span
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "kmeans",
     "merge",
     "present",
+    "rounded",
     "scanned_rows",
     "top",
     "visible_span",

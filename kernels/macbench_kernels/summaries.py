@@ -14,6 +14,11 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rounded(units: int) -> int:
+    """Columns to allocate for a table of so many units: a multiple of what a program of the GPU kernels reads together, at least one of them."""
+    return max(128, -(-units // 128) * 128)
+
+
 def build_bounds(bounds: torch.Tensor, request: int, keys: torch.Tensor, size: int) -> None:
     """Bounds of ``keys`` [Hkv, n, d], cut into units of ``size``, into the table of a request [B, Hkv, d or 2d, units]."""
     n, dim = keys.shape[1:]

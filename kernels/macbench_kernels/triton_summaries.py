@@ -76,13 +76,14 @@ def _row_scores(
     acc = tl.zeros([MEMBERS, ROWS, COLUMNS], tl.float32)
     if tl.program_id(0) * COLUMNS < units:
         base = table_ptr + pair.to(tl.int64) * rows * width
-        known = (column < units)[None, :]
+        # A tile is read whole: a mask at ``units`` would split wide loads. What is too much of it is dropped below.
+        inside = (column < width)[None, :]
         for block in tl.range(0, taken, ROWS, num_stages=STAGES):
             i = block + tl.arange(0, ROWS)
             row = i
             if LISTED:
                 row = tl.load(rows_ptr + pair * taken + i, mask=i < taken, other=0)
-            value = tl.load(base + row.to(tl.int64)[:, None] * width + column[None, :], mask=(i < taken)[:, None] & known, other=0.0)
+            value = tl.load(base + row.to(tl.int64)[:, None] * width + column[None, :], mask=(i < taken)[:, None] & inside, other=0.0)
             wanted = (member < members)[:, None] & (i < taken)[None, :]
             weight = tl.load(weights_ptr + (pair * members + member)[:, None] * taken + i[None, :], mask=wanted, other=0.0)
             acc += weight[:, :, None] * value.to(tl.float32)[None, :, :]
@@ -92,7 +93,10 @@ def _row_scores(
 
 
 def row_scores(weights: torch.Tensor, table: torch.Tensor, units: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """See summaries.row_scores: weights [B, Hkv, M, r], table [B, Hkv, n, units] contiguous -> float32 [B, Hkv, M, units]."""
+    """See summaries.row_scores: weights [B, Hkv, M, r], table [B, Hkv, n, units] contiguous -> float32 [B, Hkv, M, units].
+
+    Wide loads need units to be a multiple of 16, see summaries.rounded; up to a tile of columns behind a request's units is read for nothing.
+    """
     batch, kv_heads, members, taken = weights.shape
     if table.dtype not in DTYPES or not table.is_contiguous() or not weights.device == table.device == units.device:
         raise UnsupportedError(f"table of {table.dtype} on {table.device}: must be float16, bfloat16 or float32, contiguous, on the queries' device")

@@ -7,7 +7,7 @@ code was used. One level of clusters.
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import State, kmeans, merge, present, top
+from macbench_kernels import State, kmeans, merge, present, rounded, top
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.errors import ConfigError
@@ -92,7 +92,7 @@ class Multipole(Method):
         if shape.rotate is None:
             raise ConfigError("method", "multipole", "needs a model whose rotary embedding is known")
         heads, d = (shape.batch, shape.kv_heads), shape.head_dim
-        most = max(1, shape.max_tokens // PER_CLUSTER)
+        most = rounded(shape.max_tokens // PER_CLUSTER)
         layers = range(shape.layers)
         self.centroids = [self.buffer(f"centroids{i}", *heads, d, most) for i in layers]
         self.values = [self.buffer(f"values{i}", *heads, most, d) for i in layers]

@@ -6,7 +6,7 @@ Tang, Zhao, Zhu, Xiao, Kasikci, Han. arXiv:2406.10774, ICML 2024. Public code (M
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import build_bounds, top
+from macbench_kernels import build_bounds, rounded, top
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 
@@ -66,7 +66,7 @@ class Quest(Method):
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
-        size = (shape.batch, shape.kv_heads, 2 * shape.head_dim, -(-shape.max_tokens // self.page))
+        size = (shape.batch, shape.kv_heads, 2 * shape.head_dim, rounded(-(-shape.max_tokens // self.page)))
         self.bounds = {i: self.buffer(f"bounds{i}", *size) for i in range(shape.layers) if i not in self.dense_layers}
 
     def after_prefill(self, layer, request, queries, cache):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from macbench_kernels import build_bounds, top
+from macbench_kernels import build_bounds, rounded, top
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.errors import ConfigError
@@ -99,7 +99,7 @@ class RocketKV(Method):
             )
         heads = (shape.batch, shape.kv_heads)
         sides = 1 if size.chunk == 1 else 2  # the bounds of a single key are the key
-        chunks = -(-shape.max_tokens // size.chunk)
+        chunks = rounded(-(-shape.max_tokens // size.chunk))
         layers = range(shape.layers)
         self.bounds = [self.buffer(f"bounds{i}", *heads, sides * shape.head_dim, chunks) for i in layers]
         # The i-th token that is left is token kept[i], or i + removed behind those.

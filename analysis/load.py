@@ -20,3 +20,10 @@ def samples(folder: Path) -> pd.DataFrame:
     facts = json.loads((folder / "environment.json").read_text())
     commit = (facts.get("git") or {}).get("commit", "unknown")[:8]
     return frame[frame.error.isna()].assign(model=folder.parent.parent.name, device=facts["device"], commit=commit)
+
+
+def guesses(folder: Path) -> dict[str, float]:
+    """Scores that take no reading (chance, the best constant answer), by name: what the run's table lists besides its methods."""
+    methods = set(read_table(folder, "samples", ["method"]).method)
+    rows = json.loads((folder / "summary.json").read_text())
+    return {row["method"]: row["score"] for row in rows if row["method"] not in methods}

@@ -71,19 +71,25 @@ def span_tokens(spans: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarra
     return logical, physical
 
 
+def _per_request(units: np.ndarray) -> np.ndarray:
+    """[steps, layers, B, ...] summed to int64 [steps, layers, B]."""
+    return units.reshape(*units.shape[:3], -1).sum(-1, dtype=np.int64)
+
+
 class Ledger:
     """Collects the reads of a batch of generations that decode in step.
 
-    A step is ``begin_step`` (host), any number of reports per layer (device; they only keep references), and ``end_step`` (device: adds the
-    reports up, for all layers at once). Reports and ``end_step`` never synchronise with the host and use the same memory in every step, so
-    that a CUDA graph may capture them; a replay is then ``begin_step`` and the replay. Every step must report the same things in the same order.
+    A step is ``begin_step`` (host), any number of reports per layer (device; they only keep references), and ``end_step`` (device: two small
+    launches per kind of report, for all layers at once). Sums are made on the host, once per some hundred steps. Reports and ``end_step``
+    never synchronise with the host and use the same memory in every step, so that a CUDA graph may capture them; a replay is then
+    ``begin_step`` and the replay. Every step must report the same things in the same order.
     """
 
     def __init__(self, shape: Shape):
         self.shape = shape
         self._reports: dict[tuple, dict[int, torch.Tensor]] = {}
-        self._windows: dict[str, torch.Tensor] = {}
-        self._layers: dict[tuple[int, ...], torch.Tensor] = {}
+        self._reporting: dict[tuple, tuple[int, ...]] = {}  # layers by report, the same in every step
+        self._windows: dict[tuple, torch.Tensor] = {}
         self._at = torch.zeros(1, dtype=torch.int64, device=shape.device)
         self._size = _WINDOW
         self.reset()
@@ -149,42 +155,29 @@ class Ledger:
         layers[layer] = what
 
     def end_step(self) -> None:
-        """Close the accounts of the step; device work only."""
-        s = self.shape
-        sums = {c: torch.zeros(s.layers, s.batch, dtype=torch.int64, device=s.device) for c in (*CATEGORIES, "logical", "physical", "rows")}
+        """Close the accounts of the step: what was reported goes into windows as it is, all layers at once. Device work only."""
         for key, found in self._reports.items():
-            kind = key[0]
-            layers = tuple(found)
-            if kind in ("spans", "hits", "depth"):
-                self._keep(kind, layers, torch.stack(list(found.values())))
-                continue
-            if kind == "selected":
-                for name, amount in self._selection(key, *map(torch.stack, zip(*found.values(), strict=True))).items():
-                    sums[name].index_add_(0, self._index(layers), amount)
-                continue
-            target, per = (sums[key[1]], key[3]) if kind == "bytes" else (sums[kind], 1)
-            if isinstance(next(iter(found.values())), torch.Tensor):
-                units = torch.stack(list(found.values())).flatten(2) if len(key[-1]) > 1 else torch.stack(list(found.values()))[..., None]
-                amount = units.sum(-1, dtype=torch.int64) * per
+            values, layers = list(found.values()), tuple(found)
+            if key[0] == "selected":  # lists of ids are long: what they amount to is kept instead
+                for name, amount in self._selection(key, values).items():
+                    self._keep((*key, name), layers, amount)
+            elif isinstance(values[0], torch.Tensor):
+                self._keep(key, layers, torch.stack(values))
             else:
-                amount = key[4] * per
-            if len(layers) == s.layers:
-                target += amount  # reported in the order of the layers
-            else:
-                index = self._index(layers)
-                target.index_add_(0, index, amount if isinstance(amount, torch.Tensor) else torch.full_like(target[: len(layers)], amount))
-        for name, total in sums.items():
-            self._window(name, total).index_copy_(0, self._at, total[None])
+                self._reporting[key] = layers
         self._at += 1
         self._reports.clear()
 
-    def _selection(self, key: tuple, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What sets amount to, int64 [layers, B] each; ids [layers, B, R, n], counts [layers, B, R], lengths [layers, B]."""
-        _, unit, indexed, all_keys, _ = key
-        s, (*lead, sets, n) = self.shape, ids.shape
-        visible = lengths[..., None, None]
-        rows = (visible - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # tokens of each id
-        held = rows.sum(-1)
+    def _selection(self, key: tuple, reports: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+        """What sets amount to, int64 [layers, B] each. Reports: ids [B, R, n], counts [B, R], lengths [B] of each layer."""
+        _, unit, indexed, all_keys, (_, sets, n) = key
+        s, (counts, lengths) = self.shape, (torch.stack(part) for part in list(zip(*reports, strict=True))[1:])
+        held = counts.long()
+        if unit > 1 or sets != s.kv_heads:
+            ids = torch.stack([report[0] for report in reports])
+            lead, visible = ids.shape[:2], lengths[..., None, None]
+            rows = (visible - ids * unit).clamp(0, unit) * (torch.arange(n, device=ids.device) < counts[..., None])  # tokens of each id
+            held = rows.sum(-1)
         logical, physical = held.sum(-1) * (s.q_heads // sets), held.sum(-1)
         if sets != s.kv_heads:  # an id that several heads of a group chose is read once: count the first of its kind after sorting
             beyond = torch.iinfo(ids.dtype).max
@@ -201,47 +194,47 @@ class Ledger:
             physical = physical // 2
         return amounts | {"logical": logical, "physical": physical}
 
-    def _keep(self, name: str, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
-        """``stacked`` [reporting layers, ...] into the window; layers that do not report stay 0."""
-        if len(layers) < self.shape.layers:
-            whole = torch.zeros(self.shape.layers, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
-            stacked = whole.index_copy_(0, self._index(layers), stacked)
-        self._window(name, stacked).index_copy_(0, self._at, stacked[None])
-
-    def _index(self, layers: tuple[int, ...]) -> torch.Tensor:
-        if layers not in self._layers:
-            self._layers[layers] = torch.tensor(layers, device=self.shape.device)
-        return self._layers[layers]
-
-    def _window(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        if name not in self._windows:
-            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, like.nbytes)))
-            self._windows[name] = torch.zeros(self._size, *like.shape, dtype=like.dtype, device=like.device)
-        return self._windows[name]
+    def _keep(self, key: tuple, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
+        """``stacked`` [reporting layers, ...] into the window of its report."""
+        self._reporting[key] = layers
+        if key not in self._windows:
+            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, stacked.nbytes)))
+            self._windows[key] = torch.zeros(self._size, *stacked.shape, dtype=stacked.dtype, device=stacked.device)
+        self._windows[key].index_copy_(0, self._at, stacked[None])
 
     def _flush(self) -> None:
         s, steps = self.shape, self._steps
         if not steps:
             return
-        found = {name: window[:steps].cpu().numpy() for name, window in self._windows.items()}
-        nothing = np.zeros((steps, s.layers, s.batch), np.int64)
-        part = {f"bytes_{c}": found.get(c, nothing) for c in CATEGORIES}
-        logical, physical = found.get("logical", nothing), found.get("physical", nothing)
-        if "spans" in found:
-            more = span_tokens(found["spans"], s.kv_heads)
-            logical, physical = logical + more[0], physical + more[1]
-        part["tokens_log"] = logical
-        part["bytes_kv"] = part["bytes_kv"] + physical * s.kv_row_bytes
-        part["tokens_phys"] = physical + found.get("rows", nothing)
+        size = (steps, s.layers, s.batch)
+        others = ("logical", "physical", "rows", "hits", "match_heads", "chain_sum", "chain_max")
+        sums = {name: np.zeros(size, np.int64) for name in (*CATEGORIES, *others)}
+        for key, layers in self._reporting.items():
+            kind, here = key[0], (slice(None), list(layers))
+            values = self._windows[key][:steps].cpu().numpy() if key in self._windows else None  # [steps, reporting layers, ...]
+            if kind == "bytes":
+                _, category, _, per, units = key
+                sums[category][here] += per * (units if values is None else _per_request(values))
+            elif kind == "spans":
+                for name, tokens in zip(("logical", "physical"), span_tokens(values, s.kv_heads), strict=True):
+                    sums[name][here] += tokens
+            elif kind == "hits":
+                sums["hits"][here] = values.sum(-1)
+                sums["match_heads"][here] = s.q_heads
+            elif kind == "depth":
+                sums["chain_sum"][here], sums["chain_max"][here] = values.sum(-1, dtype=np.int64), values.max(-1)
+            elif kind == "selected":
+                sums[key[-1]][here] += values
+            else:
+                sums[kind][here] += _per_request(values)
+        part = {f"bytes_{c}": sums[c] for c in CATEGORIES}
+        part["tokens_log"], part["tokens_phys"] = sums["logical"], sums["physical"] + sums["rows"]
+        part["bytes_kv"] = part["bytes_kv"] + sums["physical"] * s.kv_row_bytes
         part["bytes_write"] = part["bytes_write"] + s.kv_heads * s.kv_row_bytes  # the new K/V row, whatever the method
         lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)
         part["tokens_log_full"], part["tokens_phys_full"] = lengths * s.q_heads, lengths * s.kv_heads
         part["bytes_full"] = part["tokens_phys_full"] * 2 * s.head_dim * 2  # always bf16 full attention
-        heads = (steps, s.layers, s.batch, s.q_heads)
-        hits, depth = found.get("hits", np.zeros(heads, bool)), found.get("depth", np.zeros(heads, np.int32))
-        part["hits"] = hits.sum(-1)
-        part["match_heads"] = np.full_like(part["hits"], s.q_heads if "hits" in found else 0)
-        part["chain_sum"], part["chain_max"] = depth.sum(-1, dtype=np.int64), depth.max(-1)
+        part |= {name: sums[name] for name in ("hits", "match_heads", "chain_sum", "chain_max")}
         self._done.append(part)
         self._steps = 0
         self._at.zero_()

@@ -13,8 +13,10 @@ import torch
 from macbench_kernels import Kernels, PagedKVCache, PagePool
 
 from macbench.counting import Ledger, Shape
+from macbench.decoder import Decoder
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
+from macbench.models.forward import make_forward
 from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
@@ -73,15 +75,41 @@ class Keeper(Protocol):
     def save(self, generation: Generation) -> None: ...
 
 
-class Engine:
-    """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass."""
+@dataclass
+class Request:
+    """What to make of a prompt: decode until a stop token, until ``ended(tokens)``, or until there are ``max_new_tokens``.
 
-    def __init__(self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096):
-        self.network, self.kernels, self.ctx, self.chunk = network, kernels, ctx, chunk
-        self.shape = replace(attention_shape(network), max_tokens=ctx)
+    ``start``: tokens that were generated earlier, all but the last of them part of ``prompt``; they count as generated, and the result
+    begins with them, but its steps are those made here. ``feed``: tokens that are taken instead of sampled ones as long as there are any.
+    """
+
+    prompt: Prompt
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    sampler: Callable[[torch.Tensor], int] = greedy
+    ended: Callable[[list[int]], bool] = lambda tokens: False
+    start: Sequence[int] = ()
+    feed: Sequence[int] = ()
+    keeper: Keeper | None = None
+
+
+class Engine:
+    """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass.
+
+    ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
+    """
+
+    def __init__(
+        self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
+    ):
+        self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = network, kernels, ctx, chunk, batch, graph
+        self.shape = attention_shape(network, ctx)
         s = self.shape
-        pages = -(-ctx // page_size) + _SPARE_PAGES
+        # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.
+        pages = batch * (-(-ctx // page_size) + _SPARE_PAGES) + _SPARE_PAGES
         self.pool = PagePool(s.layers, s.kv_heads, s.head_dim, pages, page_size, s.dtype, s.device)
+        self.forward = make_forward(network, ctx, batch)
+        self._decoders: dict[tuple[int, int], Decoder] = {}
 
     @torch.inference_mode()
     def prefill(
@@ -118,61 +146,70 @@ class Engine:
         first = int(logits.argmax())
         return Prompt(cache, tails.done(), first, logits, self._now() - began)
 
-    @torch.inference_mode()
     def decode(
+        self, prompt: Prompt, method: Method, max_new_tokens: int, stop_ids: frozenset[int] = frozenset(),
+        progress: Callable[[int], None] = lambda tokens: None, **options,
+    ) -> Generation:  # fmt: skip
+        """Decoding of one prompt; ``options`` are further fields of ``Request``."""
+        return self.decode_batch([Request(prompt, max_new_tokens, stop_ids, **options)], method, progress)[0]
+
+    @torch.inference_mode()
+    def decode_batch(
         self,
-        prompt: Prompt,
+        requests: Sequence[Request],
         method: Method,
-        max_new_tokens: int,
-        stop_ids: frozenset[int] = frozenset(),
         progress: Callable[[int], None] = lambda tokens: None,
-        sampler: Callable[[torch.Tensor], int] = greedy,
-        ended: Callable[[list[int]], bool] = lambda tokens: False,
-        start: Sequence[int] = (),
-        keeper: Keeper | None = None,
-    ) -> Generation:
-        """Decoding on a fork of the prompt, until a stop token, until ``ended(tokens)``, or until there are ``max_new_tokens``.
+        watch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> list[Generation]:
+        """Decoding of several prompts in step, on forks that share their pages: a generation for each request.
 
-        ``start``: tokens that were generated earlier, all but the last of them part of ``prompt``; they count as generated, and the
-        result begins with them, but its steps are those made here.
+        ``watch(step, logits)`` sees the logits [B, vocab] of every step; they are only valid during the call.
         """
-        ledger = Ledger(self.shape)
-        cache = prompt.cache.fork()
-        first = cache.host_lengths[0]
+        decoder = self.decoder(method, 1 if len(requests) == 1 else max(self.batch, len(requests)))
+        began = self._now()
+        decoder.start([r.prompt for r in requests])
+        setup = (self._now() - began) / len(requests)
+        runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
         try:
-            cache.reserve(max_new_tokens - len(start) + bool(start))
-            began = self._now()
-            method.begin(self.shape, self.kernels, ledger)
-            for layer, queries in enumerate(prompt.queries):
-                method.after_prefill(layer, 0, queries, cache)
-            setup = self._now() - began
-
-            def attend(layer, q_pre, q, k, v):
-                cache.append(layer, k, v)
-                return method.attend(layer, q_pre[:, :, 0], q[:, :, 0], cache)[:, :, None]
-
-            tokens, seconds = list(start) or [sampler(prompt.logits)], []
-
-            def so_far(reason: str) -> Generation:
-                return Generation(list(tokens), reason, np.array(seconds), setup, ledger.counts(), first + np.arange(len(seconds)))
-
-            with intercept(self.network, attend):
-                while len(tokens) < max_new_tokens and tokens[-1] not in stop_ids and not ended(tokens):
-                    ledger.begin_step([n + 1 for n in cache.host_lengths])  # its own work is not part of a step's time
-                    method.between_steps(cache)
-                    began = perf_counter()
-                    cache.extend(1)
-                    last = torch.tensor([[tokens[-1]]], device=self.shape.device)
-                    logits = self._forward(last, cache.lengths[:, None].long() - 1)
-                    ledger.end_step()
-                    tokens.append(sampler(logits))
-                    seconds.append(perf_counter() - began)
-                    progress(1)
-                    if keeper is not None and len(seconds) % keeper.every == 0:
-                        keeper.save(so_far("unfinished"))
+            padding = [0] * (decoder.shape.batch - len(runs))
+            decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
+            active = [not run.done for run in runs]
+            room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
+            decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
+            while any(active):
+                decoder.cache.activate([*active, *map(bool, padding)])
+                decoder.before()
+                began = perf_counter()
+                decoder.step()
+                chosen = decoder.chosen.tolist()
+                taken = [run.take(decoder.logits[i], chosen[i]) if active[i] else chosen[i] for i, run in enumerate(runs)]
+                if taken != chosen[: len(runs)]:
+                    decoder.tokens.copy_(torch.tensor(taken + padding))
+                seconds = perf_counter() - began
+                if watch is not None:
+                    watch(runs[0].steps, decoder.logits)
+                for i, run in enumerate(runs):
+                    if active[i]:
+                        run.seconds.append(seconds)
+                        run.save(decoder.ledger, i)
+                progress(sum(active))
+                active = [not run.done for run in runs]
         finally:
-            cache.free()
-        return so_far("stop" if tokens[-1] in stop_ids or ended(tokens) else "length")
+            decoder.stop()
+        return [run.generation(decoder.ledger, i, run.reason) for i, run in enumerate(runs)]
+
+    def decoder(self, method: Method, batch: int) -> Decoder:
+        """The one decoder of a method for ``batch`` requests; its buffers, and on a GPU its graph, serve all later calls."""
+        key = (id(method), batch)
+        if key not in self._decoders:
+            shape = replace(self.shape, batch=batch)
+            # The method is part of the decoder, so its id is not used again.
+            self._decoders[key] = Decoder(self.forward, self.kernels, shape, self.pool, method, self.graph)
+        return self._decoders[key]
+
+    def release(self) -> None:
+        """Forget all decoders with their buffers and graphs, for instance when memory is short."""
+        self._decoders.clear()
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [vocab] of the last token in float32."""
@@ -183,6 +220,52 @@ class Engine:
         if torch.device(self.shape.device).type == "cuda":
             torch.cuda.synchronize(self.shape.device)
         return perf_counter()
+
+
+class _Run:
+    """A request while it is being decoded."""
+
+    def __init__(self, request: Request, setup: float, first: int):
+        self.request, self.setup, self.first = request, setup, first
+        self.fed = 0
+        self.tokens = list(request.start) or [self._next(request.prompt.logits)]
+        self.seconds: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self.seconds)
+
+    def _next(self, logits: torch.Tensor, best: int | None = None) -> int:
+        if self.fed < len(self.request.feed):
+            self.fed += 1
+            return self.request.feed[self.fed - 1]
+        return best if best is not None and self.request.sampler is greedy else self.request.sampler(logits)
+
+    def take(self, logits: torch.Tensor, best: int) -> int:
+        """The next token from logits [vocab], whose most likely token is ``best``."""
+        self.tokens.append(self._next(logits, best))
+        return self.tokens[-1]
+
+    @property
+    def stopped(self) -> bool:
+        return self.tokens[-1] in self.request.stop_ids or self.request.ended(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) >= self.request.max_new_tokens or self.stopped
+
+    @property
+    def reason(self) -> str:
+        return "stop" if self.stopped else "length"
+
+    def save(self, ledger: Ledger, row: int) -> None:
+        keeper = self.request.keeper
+        if keeper is not None and self.steps % keeper.every == 0:
+            keeper.save(self.generation(ledger, row, "unfinished"))
+
+    def generation(self, ledger: Ledger, row: int, reason: str) -> Generation:
+        counts = {name: values[: self.steps, :, row : row + 1] for name, values in ledger.counts().items()}
+        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, self.first + np.arange(self.steps))
 
 
 class _Tails:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ def facts(device: str, backend: str, dtype: str) -> dict:
     return {
         "command": shlex.join(["python", "-m", "macbench.run", *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git(),
+        "git": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
@@ -40,14 +41,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict | None:
-    """Commit and whether tracked files differ from it, if the package runs from a checkout."""
-    here = Path(__file__).resolve().parent
+def commit() -> dict | None:
+    """Commit and whether tracked files differ from it, if the package runs from a checkout.
+
+    For a copy of the tree without its history, MACBENCH_COMMIT may say what it is a copy of; whether it still is one is unknown then.
+    """
+    here = Path(__file__).resolve()
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(["git", *args], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed package may lie inside somebody else's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
-        return None
+        claimed = os.environ.get("MACBENCH_COMMIT")
+        return {"commit": claimed, "dirty": None} if claimed else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from macbench_kernels import OutOfPages, UnsupportedError
 
-from macbench.engine import Engine, Generation, Prompt
+from macbench.engine import Engine, Generation, Prompt, Request
 from macbench.errors import ConfigError
 from macbench.models.weights import LoadedModel
 from macbench.partial import Partial
@@ -46,30 +46,56 @@ class Answer:
         )
 
 
-def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, example: Example, run: Path, rate: Progress) -> list[Answer | Exception]:
-    """An answer, or the error that prevented it, for each variant (``name``, ``label``, ``method``) in order."""
-    calls = [Call(engine, model, v, example, run, rate) for v in variants]
-    found: dict[int, Answer | Exception] = {}
-    for i, call in enumerate(calls):
-        if call.partial.earlier is not None:
-            found[i] = _attempt(engine, call.alone)
-    fresh = [i for i in range(len(calls)) if i not in found]
-    if fresh:
-        keep = max(variants[i].method.prompt_queries for i in fresh)
-        sums = any(variants[i].method.prompt_column_sums for i in fresh)
-        prompt = _attempt(engine, lambda: engine.prefill(example.input_ids, keep, rate("prefill"), sums))
-        try:
-            for i in fresh:
-                found[i] = prompt if isinstance(prompt, Exception) else _attempt(engine, lambda i=i: calls[i].on(prompt))
-        finally:
+Made = list[list[Answer | Exception]]
+
+
+def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, examples: list[Example], run: Path, rate: Progress) -> Made:
+    """For each example an answer, or the error that prevented it, for each variant (``name``, ``label``, ``method``) in order.
+
+    The examples decode in step, at most ``engine.batch`` of them.
+    """
+    calls = [[Call(engine, model, v, example, run, rate) for v in variants] for example in examples]
+    made: Made = [[_attempt(engine, call.alone) if call.partial.earlier is not None else None for call in row] for row in calls]
+    prompts: dict[int, Prompt | Exception] = {}
+    try:
+        for e, example in enumerate(examples):
+            fresh = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None]
+            if fresh:
+                keep = max(method.prompt_queries for method in fresh)
+                wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in fresh))
+                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
+        for i, variant in enumerate(variants):
+            group = [e for e in prompts if made[e][i] is None]
+            for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
+                made[e][i] = answer
+    finally:
+        for prompt in prompts.values():
             if isinstance(prompt, Prompt):
                 prompt.free()
     follow_up = getattr(task, "follow_up", None)
-    for i, variant in enumerate(variants):
-        while follow_up and isinstance(found[i], Answer) and (after := follow_up(found[i].last, found[i].text)) is not None:
-            later = _attempt(engine, Call(engine, model, variant, after, run, rate).alone)
-            found[i] = found[i].then(later) if isinstance(later, Answer) else later
-    return [found[i] for i in range(len(variants))]
+    for row in made if follow_up else []:
+        for i, variant in enumerate(variants):
+            while isinstance(row[i], Answer) and (after := follow_up(row[i].last, row[i].text)) is not None:
+                later = _attempt(engine, Call(engine, model, variant, after, run, rate).alone)
+                row[i] = row[i].then(later) if isinstance(later, Answer) else later
+    return made
+
+
+def _together(engine: Engine, variant, members: list, rate: Progress) -> list[Answer | Exception]:
+    """Answers of one variant to several (call, prompt); a prompt that is an error is the answer. What fails together is tried one by one."""
+    ready = [(call, prompt) for call, prompt in members if isinstance(prompt, Prompt)]
+    results = iter([])
+    if len(ready) > 1:
+        requests = [call.request(prompt) for call, prompt in ready]
+        done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name)))
+        if isinstance(done, Exception):
+            engine.release()
+        else:
+            results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
+    return [
+        prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, lambda call=call, prompt=prompt: call.on(prompt))
+        for call, prompt in members
+    ]
 
 
 class Call:
@@ -94,13 +120,19 @@ class Call:
 
     def on(self, prompt: Prompt) -> Answer:
         """On a prompt that is in the cache."""
+        return self.finish(self.engine.decode_batch([self.request(prompt)], self.variant.method, self.rate(self.variant.name))[0], prompt)
+
+    def request(self, prompt: Prompt) -> Request:
         example, start = self.example, self.partial.earlier.tokens if self.partial.earlier else ()
-        ended = StopStrings(self.model.chat.decode, example.stop)
-        sampler = example.sampling.sampler(skip=len(start))
-        generation = self.engine.decode(
-            *(prompt, self.variant.method, example.max_new_tokens, self.model.stop_ids, self.rate(self.variant.name)),
-            **{"sampler": sampler, "ended": ended, "start": start, "keeper": self.partial},
+        return Request(
+            *(prompt, example.max_new_tokens, self.model.stop_ids),
+            sampler=example.sampling.sampler(skip=len(start)),
+            ended=StopStrings(self.model.chat.decode, example.stop),
+            start=start,
+            keeper=self.partial,
         )
+
+    def finish(self, generation: Generation, prompt: Prompt) -> Answer:
         return self._answer(self.partial.finish(generation), prompt.seconds)
 
     def _answer(self, generation: Generation, prefill: float) -> Answer:

@@ -5,7 +5,8 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from time import time
 
@@ -17,16 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import cli, environment, judging, loggers, partial, settings
+from macbench import budget, cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
 from macbench.errors import ConfigError
 from macbench.generate import Answer, answers
-from macbench.models.weights import LoadedModel, load, load_chat, max_context, resolve_device, resolve_dtype
+from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import drift, format_frame, format_table, summarise
-from macbench.tasks.base import Example, Task, count
+from macbench.summary import drift, summarise
+from macbench.tables import format_frame, format_summary
+from macbench.tasks.base import Example, Task, count, guesses
 
 # Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
 # Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
@@ -41,12 +43,18 @@ def run(cfg: DictConfig) -> int:
     settings.check(cfg)
     if cfg.task.name == "attention":
         return run_attention(cfg)
+    if cfg.task.name == "decode":
+        return run_decode(cfg)
     ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     variants = settings.build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
+    resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
+    if cfg.budget is not None:
+        variants = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     for subtask in task.subtasks:
@@ -54,13 +62,14 @@ def run(cfg: DictConfig) -> int:
 
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, {"ctx": ctx, "dtype": str(dtype), "backend": layer.name})
+    directory = open_directory(cfg, task, resolved)
     todo = pending(task, cfg.limit, variants, directory.done())
-    for note in {note: None for v in variants if (note := v.method.caution(ctx))}:
+    cautions = [v.method.caution(ctx) for v in variants] + [budget.untouched(variants) if cfg.budget is not None else None]
+    for note in dict.fromkeys(filter(None, cautions)):
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
-        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk)
+        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, cfg.batch or 1, cfg.engine.graph)
         facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
@@ -71,6 +80,8 @@ def run(cfg: DictConfig) -> int:
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)
+    for note in budget.misses(table, variants):
+        print(f"macbench: note: {note}", file=sys.stderr)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
     unjudged = 0
     if hasattr(task, "checks"):
@@ -93,6 +104,23 @@ def run_attention(cfg: DictConfig) -> int:
     contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
     device = "cuda" if cfg.device == "auto" else cfg.device
     return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
+
+
+def run_decode(cfg: DictConfig) -> int:
+    """``task=decode``: a model's decode step end to end, on real or synthetic prompts."""
+    from macbench.latency.command import run as measure
+
+    settings.build_variants(cfg)  # the method's own checks of its knobs
+    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
+    if cfg.batch is not None:
+        task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch
+    contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.model, device)
+    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
+    target = Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
+    facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
+    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
 
 
 def _kernels(backend: str, device: str):
@@ -138,13 +166,15 @@ def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -
 def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log) -> None:
     """Make and record every missing example."""
     with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
-        for example in examples(task, todo):
-            bar.set_description(example.subtask)
-            tables = evaluate_example(engine, model, task, variants, example, directory, bar)
-            directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
-            partial.clear(directory.path, example)
-            log.example(tables["samples"])
-            bar.update()
+        for group in batched(examples(task, todo), engine.batch):
+            bar.set_description(group[0].subtask)
+            made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage))
+            for example, answered in zip(group, made, strict=True):
+                tables = records(engine, task, variants, example, answered, directory.run_id)
+                directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
+                partial.clear(directory.path, example)
+                log.example(tables["samples"])
+                bar.update()
 
 
 def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
@@ -153,13 +183,19 @@ def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
             yield task.example(subtask, index)
 
 
-def evaluate_example(engine, model, task, variants: list[Variant], example: Example, directory: RunDirectory, bar) -> dict[str, list[dict]]:
-    """Generate with every variant; the rows of the three tables. A failure becomes a row with ``error``."""
+def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Lists of ``size`` items, the last one shorter."""
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
+
+
+def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
+    """The rows of the three tables from what each variant made of an example. A failure becomes a row with ``error``."""
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
-    made = answers(engine, model, task, variants, example, directory.path, lambda stage: _rate(bar, stage))
     for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
-        key = {"run_id": directory.run_id, "method": variant.name, "variant": variant.label}
+        key = {"run_id": run_id, "method": variant.name, "variant": variant.label}
         key |= {"subtask": example.subtask, "example_id": example.example_id}
         row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
         meta = dict(example.meta)
@@ -200,7 +236,7 @@ def _rate(bar: tqdm, stage: str):
 
 
 def _one_line(error: Exception) -> str:
-    hint = "; lower engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
+    hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{hint}"
 
 
@@ -222,10 +258,10 @@ def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Varian
 def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
     samples = asked(directory, task, limit, variants)
-    table = summarise(samples)
+    table = summarise(samples, guesses(task, samples))
     directory.write_text("summary.json", table.to_json(orient="records", indent=1))
     print(protocol_card(task.protocol()), file=sys.stderr)
-    print(format_table(table))
+    print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -14,15 +14,22 @@ from macbench.methods.base import Method
 
 # Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
 MOST_EXAMPLES = 100_000
+# Tasks without a model's own prompts, whose batch may be a list.
+SYNTHETIC = ("attention", "decode")
 
 
 @dataclass
 class Variant:
-    """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one)."""
+    """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one).
+
+    ``budget``: the rho_bytes that it was fitted to, ``knobs``: the hyper-parameters that this chose.
+    """
 
     name: str
     label: str
     method: Method
+    budget: float | None = None
+    knobs: dict[str, Any] = field(default_factory=dict)
 
 
 def check(cfg: DictConfig) -> None:
@@ -40,6 +47,13 @@ def check(cfg: DictConfig) -> None:
         value = _select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
+    if cfg.task.name not in SYNTHETIC:
+        _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
+    _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
+    within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
+    _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
+    if cfg.task.name in SYNTHETIC:
+        _expect(cfg, "budget", f"null with task={cfg.task.name}, whose reads are synthetic", lambda v: v is None)
     _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
     _expect(cfg, "backend", "auto, torch or triton", lambda v: isinstance(v, str))
@@ -47,6 +61,12 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
     for key in ("path", "gguf", "revision"):
         _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or isinstance(v, str))
+
+
+def budgets(cfg: DictConfig) -> list:
+    """The values of ``budget``, one, several or none."""
+    value = cfg.get("budget")
+    return [] if value is None else list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
 
 
 def _select(cfg: DictConfig, key: str) -> Any:

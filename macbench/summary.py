@@ -1,33 +1,53 @@
-"""From sample rows to the table at the end of a run: scores with standard errors, ratios of sums, steps and latency."""
+"""From sample rows to the numbers at the end of a run: scores, what separates them from full attention's, ratios of sums, latency.
+
+This is the one place where they are computed, from parquet alone: ``python -m macbench.report RUN`` does it again.
+"""
 
 import math
+from dataclasses import asdict
 
 import pandas as pd
 
+from macbench import stats
 from macbench.counting import TOTALS, ratios
 
+REFERENCE = "full"
+WHOLE = "all"  # the subtask of rows over all subtasks
+_PAIRED = ("difference", "difference_se", "difference_low", "difference_high", "wins", "losses", "ties", "mcnemar_p", "examples_needed")
+_FIDELITY = ("top1_agreement", "kl_mean")
 COLUMNS = [
-    *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "rho_log", "rho_phys", "rho_bytes"),
-    *("hit_rate", "steps", "ms_per_token", "prefill_s"),
+    *("method", "variant", "subtask", "examples", "errors", "score", "score_se", *_PAIRED, "rho_log", "rho_phys", "rho_bytes"),
+    *("hit_rate", *_FIDELITY, "steps", "ms_per_token", "prefill_s"),
 ]
 
 
-def summarise(samples: pd.DataFrame) -> pd.DataFrame:
-    """A row per method variant and subtask, and for several subtasks one named ``all`` whose score is the plain mean of the subtasks'.
+def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None) -> pd.DataFrame:
+    """A row per method variant and subtask, and for several subtasks one named ``all``.
 
-    ``score_se`` is the standard error of the mean over examples; of ``all``, that of the mean over subtasks. Ratios are ratios of sums.
+    Scores and fidelity are means over examples; those of ``all`` are plain means over subtasks, and the standard error ``score_se`` is
+    theirs. Ratios are ratios of sums. Columns of ``stats.Paired`` compare with full attention on the examples that both finished.
+    ``guesses``: scores that take no reading, by name; they get a row each, named like a method.
     """
+    good = samples[samples.error.isna()]
+    full = good[good.method == REFERENCE].set_index(["subtask", "example_id"]).score.rename("reference_score")
+    several = samples.subtask.nunique() > 1
     rows = []
     for (method, variant), group in samples.groupby(["method", "variant"], sort=False):
-        parts = [_row(method, variant, subtask, rows_) for subtask, rows_ in group.groupby("subtask", sort=False)]
-        rows += parts
-        if len(parts) > 1:
-            total = _row(method, variant, "all", group)
-            scored = [p for p in parts if p["examples"]]
-            total["score"] = sum(p["score"] for p in scored) / len(scored) if scored else math.nan
-            total["score_se"] = math.sqrt(sum(p["score_se"] ** 2 for p in scored)) / len(scored) if scored else math.nan
-            rows.append(total)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        parts = dict(list(group.groupby("subtask", sort=False)))
+        for subtask, mine in [(name, {name: part}) for name, part in parts.items()] + [(WHOLE, parts)] * several:
+            compared = _against(mine, full) if method != REFERENCE else {}
+            rows.append({"method": method, "variant": variant, "subtask": subtask} | _row(mine) | compared)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    if not guesses or table.empty:
+        return table
+    known = [{"method": name, "variant": "", "subtask": headline(table).subtask.iloc[0], "score": score} for name, score in guesses.items()]
+    examples = samples.groupby(["subtask", "example_id"]).ngroups
+    return pd.concat([table, pd.DataFrame(known).assign(examples=examples, errors=0, steps=0)], ignore_index=True)[COLUMNS]
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all subtasks, or those of the only one."""
+    return table[table.subtask == (WHOLE if (table.subtask == WHOLE).any() else table.subtask)]
 
 
 def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.DataFrame:
@@ -57,58 +77,31 @@ def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.
     return pd.DataFrame(rows)
 
 
-def _row(method: str, variant: str, subtask: str, group: pd.DataFrame) -> dict:
+def _row(parts: dict[str, pd.DataFrame]) -> dict:
+    """``parts``: sample rows of one method variant by subtask."""
+    group = pd.concat(parts.values()) if len(parts) > 1 else next(iter(parts.values()))
     good = group[group.error.isna()]
-    n = len(good)
+    scored = [mine.score.to_numpy(float) for part in parts.values() if len(mine := part[part.error.isna()])]
     sums = {name: float(good[name].sum()) for name in TOTALS}
     steps = int(good.decode_steps.sum())
     # Every step of a matching method looks up the same number of heads, so steps weigh hit rates exactly.
     matching = good.decode_steps.where(good.hit_rate.notna(), 0)
     sums |= {"hits": float((good.hit_rate.fillna(0) * matching).sum()), "match_heads": float(matching.sum())}
     return {
-        "method": method,
-        "variant": variant,
-        "subtask": subtask,
-        "examples": n,
-        "errors": len(group) - n,
-        "score": good.score.mean() if n else math.nan,
-        "score_se": good.score.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
+        "examples": len(good),
+        "errors": len(group) - len(good),
+        "score": stats.mean(scored) if scored else math.nan,
+        "score_se": stats.standard_error(scored) if scored else math.nan,
         **ratios(sums),
+        **{name: good[name].astype(float).groupby(good.subtask).mean().mean() for name in _FIDELITY},
         "steps": steps,
         "ms_per_token": 1e3 * float(good.decode_s.sum()) / steps if steps else math.nan,
-        "prefill_s": good.prefill_s.mean() if n else math.nan,
+        "prefill_s": good.prefill_s.mean() if len(good) else math.nan,
     }
 
 
-_FORMATS = {
-    "score": "{:.3f}",
-    "score_se": "{:.3f}",
-    "rho_log": "{:.4f}",
-    "rho_phys": "{:.4f}",
-    "rho_bytes": "{:.4f}",
-    "hit_rate": "{:.4f}",
-    "ms_per_token": "{:.1f}",
-    "prefill_s": "{:.2f}",
-}
-
-
-def format_table(table: pd.DataFrame) -> str:
-    """Plain text; what does not apply is a dash. Columns that are the same everywhere and say nothing are left out."""
-    shown = table.copy()
-    for column, form in _FORMATS.items():
-        shown[column] = [form.format(x) if pd.notna(x) else "-" for x in table[column]]
-    if (table.variant == "").all():
-        shown = shown.drop(columns="variant")
-    if (table.errors == 0).all():
-        shown = shown.drop(columns="errors")
-    return shown.to_string(index=False)
-
-
-def format_frame(frame: pd.DataFrame) -> str:
-    """Plain text of a task's own table, scores in percent; a dash where nothing applies, no column of empty strings."""
-    shown = frame.loc[:, [c for c in frame if not (frame[c] == "").all()]].copy()
-    for column in shown:
-        if pd.api.types.is_float_dtype(shown[column]):
-            form = "{:.1f}" if column.startswith("score") else _FORMATS.get(column, "{:.1f}")
-            shown[column] = [form.format(x) if pd.notna(x) else "-" for x in shown[column]]
-    return shown.to_string(index=False)
+def _against(parts: dict[str, pd.DataFrame], full: pd.Series) -> dict:
+    """Paired with full attention. ``full``: its scores by subtask and example."""
+    pairs = {name: part[part.error.isna()].join(full, on=["subtask", "example_id"], how="inner") for name, part in sorted(parts.items())}
+    strata = [(p.score.to_numpy(float), p.reference_score.to_numpy(float)) for p in pairs.values() if len(p)]
+    return asdict(stats.paired(*zip(*strata, strict=True))) if strata else {}

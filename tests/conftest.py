@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU, Triton kernels run under the interpreter, which must be chosen before triton is imported."""
 
 import os
+import secrets
 
 import torch
 
@@ -15,6 +16,8 @@ from macbench_kernels import PagedKVCache, PagePool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
+# What kernels are tested in; half precision under the interpreter would show nothing of a GPU's.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,20 @@ def threads(request):
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of a test's random inputs: fixed on a CPU, fresh in every run on a GPU. A failure shows it, MACBENCH_TEST_SEED repeats it."""
+    value = int(os.environ.get("MACBENCH_TEST_SEED") or (0 if DEVICE == "cpu" else secrets.randbelow(1 << 31)))
+    print(f"MACBENCH_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
 
 
 @pytest.fixture(params=BACKENDS)
@@ -58,3 +75,14 @@ def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
     """The definition, in float64: q [d], k and v [n, d] -> out [d], lse (scalar)."""
     scores = (k.double() @ q.double()) * scale
     return torch.softmax(scores, 0) @ v.double(), torch.logsumexp(scores, 0)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Kernel outputs against float64: element by element in float32, by relative L2 error in half precision."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    got, want = got.double(), want.double()
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    else:
+        assert (got - want).norm() <= 1e-2 * want.norm()

@@ -1,5 +1,7 @@
 """Calls beyond one greedy generation: sampling, stop strings, follow-ups, and resuming inside an example."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ class TwoCalls:
 
 def answers(setup, run, task=None, wanted=None, variants=VARIANTS):
     engine, model = setup
-    made = generate.answers(engine, model, task or Plain(), variants, wanted or example(), run, lambda stage: lambda count: None)
+    made = generate.answers(engine, model, task or Plain(), variants, [wanted or example()], run, lambda stage: lambda count: None)[0]
     assert engine.pool.free_pages == engine.pool.pages
     return made
 
@@ -90,16 +92,54 @@ def test_follow_ups_are_made_for_every_variant_and_counts_add_up(setup, tmp_path
 
 
 def test_one_variant_failing_leaves_the_others(setup, tmp_path, monkeypatch):
-    decode = Engine.decode
+    decode = Engine.decode_batch
 
-    def fails(self, prompt, method, *args, **kwargs):
+    def fails(self, requests, method, *args, **kwargs):
         if isinstance(method, Full):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(self, prompt, method, *args, **kwargs)
+        return decode(self, requests, method, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "decode", fails)
+    monkeypatch.setattr(Engine, "decode_batch", fails)
     made = answers(setup, tmp_path, TwoCalls())
     assert isinstance(made[0], torch.OutOfMemoryError) and isinstance(made[1], generate.Answer)
+
+
+def test_a_batch_gives_the_answers_of_its_examples(setup, tmp_path, monkeypatch):
+    """Prompts of several lengths, limits and stop strings, decoded in step and one by one; then a batch too large for the memory."""
+    engine, model = setup
+    stop = answers(setup, tmp_path / "stop")[0].text[9:11]
+    wanted = [
+        replace(example(), example_id="a", input_ids=list(range(5, 95)), max_new_tokens=30),
+        replace(example(stop=(stop,)), example_id="b"),
+        replace(example(Sampling(1.0, seed=5)), example_id="c", input_ids=list(range(60)), max_new_tokens=1),
+        replace(example(Sampling(0.8, seed=9)), example_id="d", input_ids=list(range(40, 71)), max_new_tokens=25),
+    ]
+    alone = [answers(setup, tmp_path / "one", wanted=w) for w in wanted]
+    larger = Engine(engine.network, kernels("torch"), 256, batch=4)
+
+    def together(run):
+        made = generate.answers(larger, model, Plain(), VARIANTS, wanted, run, lambda stage: lambda count: None)
+        for row, expected in zip(made, alone, strict=True):
+            for got, want in zip(row, expected, strict=True):
+                assert (got.text, got.generation.tokens, got.generation.finish_reason) == (
+                    want.text,
+                    want.generation.tokens,
+                    want.generation.finish_reason,
+                )
+                for name, counts in want.generation.counts.items():
+                    assert (got.generation.counts[name] == counts).all(), name
+        assert larger.pool.free_pages == larger.pool.pages
+
+    together(tmp_path / "batch")
+    decode = Engine.decode_batch
+
+    def small(self, requests, *args, **kwargs):
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "decode_batch", small)
+    together(tmp_path / "fallback")
 
 
 class Interrupt(Exception):
@@ -119,7 +159,7 @@ def interrupted(setup, run, monkeypatch, after: int, variants=VARIANTS):
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        generate.answers(engine, model, Plain(), variants, example(), run, lambda stage: (lambda n: None) if stage == "prefill" else step)
+        generate.answers(engine, model, Plain(), variants, [example()], run, lambda stage: (lambda n: None) if stage == "prefill" else step)
 
 
 @pytest.mark.parametrize("after", [20, 38, 39, 60])

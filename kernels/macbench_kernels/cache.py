@@ -129,10 +129,14 @@ class PagedKVCache:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def reserve(self, tokens: int) -> None:
-        """Make sure every request owns writable pages for ``tokens`` more tokens; block tables then stay as they are until those are used."""
+    def reserve(self, tokens: int | list[int]) -> None:
+        """Make sure every active request owns writable pages for ``tokens`` more tokens (one number, or one per request).
+
+        Block tables then stay as they are until those are used.
+        """
         changed = False
-        for request, table in enumerate(self.tables):
+        each = [tokens] * self.batch if isinstance(tokens, int) else tokens
+        for request, (table, tokens) in enumerate(zip(self.tables, each, strict=True)):
             if not self.active[request]:
                 continue
             length = self.host_lengths[request]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "flashinfer")
 
 
 class UnsupportedError(ValueError):
@@ -19,10 +19,12 @@ class Kernels:
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
-    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of summaries, scores of
-    all tokens.
+    ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of such summaries,
+    and scores of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
+    ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
+    capture its calls.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Kernels:
     quantise_rows: Callable
     column_sums: Callable
     least_attended: Callable
+    plan: Callable | None = None
+    captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -68,7 +72,14 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             quantise_rows=quantised.quantise_rows,
             column_sums=scores.column_sums,
             least_attended=scores.least_attended,
+            captures=False,
         )
+    if backend == "flashinfer":
+        from macbench_kernels.flashinfer_backend import with_flashinfer
+
+        if kind != "cuda":
+            raise UnsupportedError(f"backend=flashinfer on device {kind}: needs a CUDA device")
+        return with_flashinfer(kernels("triton", device))
     if backend != "triton":
         raise UnsupportedError(f"backend={backend}: must be one of {', '.join(BACKENDS)}")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

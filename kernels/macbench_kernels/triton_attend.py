@@ -10,13 +10,13 @@ import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.state import State
-from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
+from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, launchable, on_device, processors
 from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent, tiles
 
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
-_MANY_UNITS = 32
+_MANY_UNITS, _VERY_MANY_UNITS = 32, 256
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -240,11 +240,12 @@ def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
 
     Block tables are loaded through the same pipeline, one step ahead, so that 5 stages hold 3 tiles of K and V and 3 stages hold 2.
     Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory. Long reads do best with one
-    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``.
+    program per multiprocessor (fewest pieces), the many short reads of MAC with two, or three of a shorter pipeline for many ``units``;
+    for very many, three programs get in each other's way when they stream long prefixes.
     """
     if itemsize > 2:
         return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1}
-    stages, occupancy = (5, 1) if sides == 1 else (5, 2) if units < _MANY_UNITS else (3, 3)
+    stages, occupancy = (5, 1) if sides == 1 else (3, 3) if _MANY_UNITS <= units < _VERY_MANY_UNITS else (5, 2)
     if dim > 128:
         stages, occupancy = 3, 1
     return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy}
@@ -303,7 +304,8 @@ def merging(dim: int, rows: int) -> tuple[int, dict]:
 
 def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor, scale: float) -> State:
     """See torch_backend.attend: q [B, Hq, d], spans int32 [S, 2, B, Hq] -> out float32 [S, B, Hq, d], lse [S, B, Hq]. No host synchronisation."""
-    check(q, cache.keys(layer))
+    check(q, cache, layer)
+    launchable(q, {"spans": spans})
     with on_device(q):
         q = q.contiguous()
         count = spans.shape[0]
@@ -312,7 +314,7 @@ def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor
 
 def attend_full(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float, dtype: torch.dtype = torch.float32, **override) -> State:
     """Every visible key: q [B, Hq, d] -> out [B, Hq, d] in ``dtype``, lse float32 [B, Hq]. ``override``: see ``tuning``."""
-    check(q, cache.keys(layer))
+    check(q, cache, layer)
     with on_device(q):
         q = q.contiguous()
         state = _merged(q, Pieces(q, cache, layer, scale, FULL, 1, **override), 1, dtype)

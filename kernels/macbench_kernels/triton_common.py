@@ -7,7 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.dispatch import UnsupportedError
+from macbench_kernels.ring import Ring
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -19,8 +21,17 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-def check(q: torch.Tensor, k: torch.Tensor) -> None:
-    """q [B, Hq, d] against a layer of the pool [Hkv, pages, page_size, d]; raises UnsupportedError in one line."""
+def check(q: torch.Tensor, cache: PagedKVCache, layer: int) -> None:
+    """q [B, Hq, d] against a layer of a cache; raises UnsupportedError in one line."""
+    k = cache.keys(layer)
+    launchable(q, {"cache": k, "block table": cache.block_table, "lengths": cache.lengths})
+    if q.dim() != 3 or q.shape[0] != cache.batch:
+        raise UnsupportedError(f"queries {tuple(q.shape)} on a cache of {cache.batch} requests: must be [requests, query heads, head_dim]")
+    check_heads(q, k)
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    """q [n, Hq, d] against a layer of the pool [Hkv, pages, page_size, d]; raises UnsupportedError in one line."""
     dim, kv_heads = q.shape[-1], k.shape[0]
     if q.dtype not in DTYPES or q.dtype != k.dtype:
         raise UnsupportedError(f"dtype {q.dtype} with a cache of {k.dtype}: triton kernels take float16, bfloat16 or float32, the same for both")
@@ -28,18 +39,24 @@ def check(q: torch.Tensor, k: torch.Tensor) -> None:
         raise UnsupportedError(f"head_dim={dim}: triton kernels take multiples of 8 up to {MAX_HEAD_DIM}, the same in the cache")
     if q.shape[1] % kv_heads or q.shape[1] // kv_heads > MAX_GROUP:
         raise UnsupportedError(f"{q.shape[1]} query heads on {kv_heads} KV heads: must be a multiple, at most {MAX_GROUP} times")
-    if q.device != k.device:
-        raise UnsupportedError(f"queries on {q.device}, cache on {k.device}: both must be on one device")
 
 
-def check_ring(q: torch.Tensor, ring) -> None:
+def check_ring(q: torch.Tensor, ring: Ring) -> None:
     """q [B, Hq, d] before RoPE against a ring; raises UnsupportedError in one line."""
+    launchable(q, {"ring.q": ring.q, "ring.out": ring.out, "ring.lse": ring.lse, "ring.depth": ring.depth})
     if q.dtype not in DTYPES or q.dtype != ring.q.dtype:
         raise UnsupportedError(f"dtype {q.dtype} with a ring of {ring.q.dtype}: triton kernels take float16, bfloat16 or float32, the same for both")
     if q.shape != (*ring.q.shape[:2], ring.q.shape[3]):
         raise UnsupportedError(f"queries {tuple(q.shape)} with a ring of {tuple(ring.q.shape)}: batch, heads and head_dim must agree")
-    if q.device != ring.q.device:
-        raise UnsupportedError(f"queries on {q.device}, ring on {ring.q.device}: both must be on one device")
+
+
+def launchable(q: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+    """The kernels can run where the queries lie, and everything that they get lies there too; raises UnsupportedError in one line."""
+    if not q.is_cuda and not INTERPRETED:
+        raise UnsupportedError(f"tensors on {q.device}: triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted on a CPU")
+    for name, tensor in others.items():
+        if tensor.device != q.device:
+            raise UnsupportedError(f"queries on {q.device}, {name} on {tensor.device}: all must be on one device")
 
 
 def on_device(tensor: torch.Tensor):
@@ -85,3 +102,7 @@ def finish(top, total):
     """(norm, lse in base 2) of sums of 2^(score - top): 1 and -inf where nothing was summed."""
     norm = tl.where(total > 0, total, 1.0)
     return norm, tl.where(total > 0, top + tl.log2(norm), float("-inf"))
+
+
+# Triton decides when a kernel is defined, by TRITON_INTERPRET; what the variable says later changes nothing.
+INTERPRETED = not isinstance(finish, triton.JITFunction)

@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
+from macbench_kernels.dispatch import UnsupportedError
 from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.ring import Ring
 from macbench_kernels.triton_attend import Pieces, gather_pieces, join, load_pieces, piece_range
-from macbench_kernels.triton_common import LN2, LOG2E, check, check_ring, dependent_launch, finish, follow, launch_options, on_device
+from macbench_kernels.triton_common import LN2, LOG2E, check, check_ring, dependent_launch, finish, follow, launch_options, launchable, on_device
 from macbench_kernels.triton_match import nearest_state, scan
 from macbench_kernels.triton_spans import MAC, mac_limits, mac_start
 
@@ -91,8 +92,11 @@ def mac_step(
     q_pre: torch.Tensor, q: torch.Tensor, cache: PagedKVCache, layer: int, ring: Ring, params: MacParams, scale: float, **override
 ) -> MacStep:
     """See mac.compose: q_pre, q [B, Hq, d] before and after RoPE. No host synchronisation. ``override``: see triton_attend.tuning."""
-    check(q, cache.keys(layer))
+    check(q, cache, layer)
     check_ring(q_pre, ring)
+    launchable(q, {"queries before RoPE": q_pre})
+    if q_pre.shape != q.shape:
+        raise UnsupportedError(f"queries {tuple(q_pre.shape)} before and {tuple(q.shape)} after RoPE: must agree")
     batch, heads, dim = q.shape
     count = 2 if params.sink else 1  # contiguous reads per KV head
     new = {"device": q.device}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.ring import Match, Ring
-from macbench_kernels.triton_common import check_ring, dependent_launch, follow, launch_options, on_device, processors
+from macbench_kernels.triton_common import check_ring, dependent_launch, follow, launch_options, launchable, on_device, processors
 
 BLOCK_ROWS = 64
 # Rows of a head are split until there are about this many programs per multiprocessor.
@@ -145,6 +145,7 @@ def match(
 ) -> Match:
     """See torch_backend.match: q [B, Hq, d] before RoPE, position int32 [B]. No host synchronisation."""
     check_ring(q, ring)
+    launchable(q, {"positions": position})
     q = q.contiguous()
     shape, rows = q.shape[:2], q.shape[0] * q.shape[1]
     slot = torch.empty(shape, dtype=torch.int64, device=q.device)

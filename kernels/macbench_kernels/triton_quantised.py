@@ -156,7 +156,7 @@ def attend_quantised(
 ) -> State:
     """See quantised.attend_quantised. Float32 out and lse; no host synchronisation."""
     keys, values = cache.keys(layer), cache.values(layer)
-    check(q, keys)
+    check(q, cache, layer)
     batch, heads, dim = q.shape
     kv_heads, _, page, _ = keys.shape
     units, group = batch * kv_heads, heads // kv_heads

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
-from macbench_kernels.triton_common import LOG2E, check, on_device
+from macbench_kernels.triton_common import LOG2E, check_heads, launchable, on_device
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def _column_sums(
 def column_sums(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, lse: torch.Tensor, scale: float, request: int = 0) -> torch.Tensor:
     """See scores.column_sums; float32 [Hq, first + n]."""
     keys = cache.keys(layer)
-    check(q[:, :, 0], keys)
+    launchable(q, {"cache": keys, "block table": cache.block_table})
+    check_heads(q[:, :, 0], keys)
     heads, n, dim = q.shape[1:]
     sums = torch.empty(heads, first + n, dtype=torch.float32, device=q.device)
     half = q.element_size() == 2

@@ -136,7 +136,7 @@ def attend_selected(
 ) -> State:  # fmt: skip
     """See torch_backend.attend_selected: ids int32 [B, R, n], counts int32 [B, R] -> out float32 [B, Hq, d], lse [B, Hq]. No host synchronisation."""
     k, v = cache.keys(layer), cache.values(layer)
-    check(q, k)
+    check(q, cache, layer)
     batch, heads, dim = q.shape
     kv_heads, _, page, _ = k.shape
     sets, width = ids.shape[1:]

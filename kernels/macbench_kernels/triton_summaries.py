@@ -146,7 +146,7 @@ def _token_scores(
 def token_scores(q: torch.Tensor, cache: PagedKVCache, layer: int, scale: float, width: int) -> torch.Tensor:
     """See summaries.token_scores: q [B, Hq, d] -> float32 [B, Hq, width]."""
     k = cache.keys(layer)
-    check(q, k)
+    check(q, cache, layer)
     q = q.contiguous()
     batch, heads, dim = q.shape
     kv_heads = k.shape[0]

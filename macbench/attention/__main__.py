@@ -1,4 +1,4 @@
-"""The attention benchmark without Hydra: arguments of ``measure`` as JSON, or the name of a preset.
+"""The attention benchmark without Hydra: arguments of ``measure`` as JSON (one object, or several in a list), or the name of a preset.
 
 python -m macbench.attention '{"heads": ["32/8"], "batch": [1, 16], "ctx": [32768]}' [FILE.parquet]
 python -m macbench.attention reach runs/reference/h100/attention/reach.parquet
@@ -12,44 +12,51 @@ from pathlib import Path
 
 import torch
 
+from macbench import environment
 from macbench.attention import table
-from macbench.attention.bench import NoGPU, measure
+from macbench.attention.bench import NoGPU, compare, measure
 
 _PEERS = ["flashinfer", "flashinfer_tc", "triton"]
+_LAYOUTS = {"heads": ["32/8", "32/4"], "batch": [1, 16, 64], "backends": _PEERS, "steps": 25}
 PRESETS = {
-    # Full attention and MAC at all hit rates; ctx 32K and 127K.
-    "reach": {"heads": ["32/8", "32/4"], "batch": [1, 16, 64], "ctx": [32 << 10, 127 << 10], "backends": _PEERS, "steps": 25},
-    # What larger rings cost.
-    "rings": {"batch": [1, 16, 64], "ctx": [32 << 10], "backends": [], "window": [512, 1024, 2048], "hit_rate": [0, 1], "steps": 20},
+    "reach": [
+        # Full attention, and MAC at all hit rates and both patterns of misses.
+        _LAYOUTS | {"ctx": [32 << 10, 127 << 10]},
+        # Contexts in between and above: full attention, and MAC where everything or nothing hits.
+        _LAYOUTS | {"ctx": [64 << 10, 128 << 10], "hit_rate": [0, 1], "steps": 15},
+        # What larger rings cost, to be compared with K = 512 above.
+        {"batch": [1, 16, 64], "ctx": [32 << 10], "backends": [], "window": [1024, 2048], "hit_rate": [0, 1], "steps": 25},
+    ],
     # Launches by the host instead of graph replay.
-    "eager": {"batch": [1, 16], "ctx": [32 << 10], "backends": _PEERS, "modes": ["eager"], "hit_rate": [0, 1], "steps": 20},
+    "eager": [{"batch": [1, 16], "ctx": [32 << 10], "backends": _PEERS, "modes": ["eager"], "hit_rate": [0, 1], "steps": 20}],
 }
 
 
-def facts(device: str) -> dict:
-    """What the numbers depend on."""
-    versions = {}
-    for name in ("torch", "triton", "flashinfer", "flash_attn"):
-        module = sys.modules.get(name)
-        if module is not None:
-            versions[name] = getattr(module, "__version__", "?")
+def facts(device: str, module: str = "macbench.attention") -> dict:
+    """What the numbers depend on. ``module``: what was started by ``python -m``."""
+    loaded = {name: sys.modules.get(name) for name in ("torch", "triton", "flashinfer", "flash_attn")}
+    versions = {name: getattr(package, "__version__", "?") for name, package in loaded.items() if package is not None}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    return {"command": shlex.join(["python", "-m", "macbench.attention", *sys.argv[1:]]), "device": name, "packages": versions}
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
 
 
 def main(argv: list[str]) -> int:
-    config = PRESETS[argv[0]] if argv and argv[0] in PRESETS else json.loads(argv[0]) if argv else {}
+    configs = PRESETS[argv[0]] if argv and argv[0] in PRESETS else json.loads(argv[0]) if argv else {}
+    rows: list[dict] = []
     print(table.HEADER, flush=True)
     try:
-        rows = measure(**config, say=lambda row: print(table.line(row), flush=True))
+        for config in configs if isinstance(configs, list) else [configs]:
+            rows += measure(**config, say=lambda row: print(table.line(row), flush=True))
+            compare(rows)
+            if len(argv) > 1:  # after every part: what has been measured is kept if the machine goes away
+                table.write(rows, Path(argv[1]), facts(config.get("device", "cuda")))
     except NoGPU as error:
         print(f"macbench: {error}", file=sys.stderr)
         return 2
     print("\n" + table.HEADER)
     for row in rows:
         print(table.line(row))
-    if len(argv) > 1:
-        table.write(rows, Path(argv[1]), facts(config.get("device", "cuda")))
     return 0
 
 

@@ -1,23 +1,27 @@
 """The attention benchmark: correctness against float32 first, then time, for full attention and MAC at chosen hit rates.
 
-Every number is of one attention call (one layer, one decode step). A round calls all layers of a problem once, lengths then grow by one.
+Every number is of one attention call (one layer, one decode step). A round makes one call for every ring (or, of full attention, every
+cache) of a problem, lengths then grow by one. Bytes and hit rates are means over the very calls whose times are reported.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from statistics import mean
 
 import torch
-from macbench_kernels import MacParams, kernels, torch_backend
+from macbench_kernels import kernels, torch_backend
 from macbench_kernels.mac import compose
 
 from macbench.attention import peers
-from macbench.attention.problem import Cell, Problem, Stream, layers_for, some_requests, some_rows
-from macbench.attention.timing import copy_bandwidth, rounds
-from macbench.counting import span_tokens
+from macbench.attention.problem import Cell, Problem, Stream, rotation, some_requests, some_rows
+from macbench.attention.reads import Reads
+from macbench.attention.timing import copy_bandwidth, rounds, timed
 
 # Largest relative L2 error against float32 that counts as correct.
 TOLERANCE = 1e-2
+# What a step at a hit rate between 0 and 1 shall take at most on an H100: 1.2 * (bytes / 2.75 TB/s) + 8 us.
+BOUND_FACTOR, BOUND_BANDWIDTH, BOUND_LAUNCHES_MS = 1.2, 2.75e12, 0.008
 _WARM = 3
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NO_GPU = (
@@ -41,6 +45,9 @@ def measure(
     window: Iterable[int] = (512,),
     band: int = 256,
     tau: float = 0.45,
+    sink: int = 0,
+    min_context: int = 0,
+    max_chain: int | None = None,
     head_dim: int = 128,
     page_size: int = 16,
     max_gap: int = 64,
@@ -55,7 +62,7 @@ def measure(
     """All rows of a benchmark, one flat dict each (see ``_row``); ``say`` gets each row as soon as it exists.
 
     ``heads``: 'Hq/Hkv'. ``backends``: of full attention, out of peers.FULL_BACKENDS. ``misses``: see problem.Stream. ``modes``: graph, eager.
-    ``mac=False`` leaves MAC out. ``steps``: rounds per measurement. ctx in tokens.
+    ``window`` (several are tried) to ``max_chain``: MAC's own. ``mac=False`` leaves MAC out. ``steps``: rounds per measurement. ctx in tokens.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise NoGPU(NO_GPU)
@@ -68,23 +75,23 @@ def measure(
         for size in batch:
             for length in ctx:
                 windows = tuple(window)
-                cell = Cell(q_heads, kv_heads, size, length, head_dim, page_size, windows[0], band, tau, max_gap, _DTYPES[dtype], scattered)
+                cell = Cell(
+                    q_heads, kv_heads, size, length, head_dim, page_size, windows[0], band, tau, sink, min_context, max_chain, max_gap,
+                    _DTYPES[dtype], scattered,
+                )  # fmt: skip
                 for row in _cell(cell, windows, tuple(hit_rate), tuple(misses), tuple(backends), tuple(modes), mac, steps, device, seed):
                     row |= _derived(row, ceiling)
                     rows.append(row)
                     say(row)
-    _compare(rows)
+    compare(rows)
     return rows
 
 
 def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device, seed) -> Iterator[dict]:
     """Rows of one (heads, batch, ctx): one problem, all methods on it."""
-    l2, free = 0, 1 << 62
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        l2, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
     try:
-        problem = Problem(cell, device, layers_for(cell, l2, free), steps, seed)
+        layers, count = _rotation(cell, windows, device)
+        problem = Problem(cell, device, layers, steps, seed, count)
     except (RuntimeError, MemoryError) as error:
         yield _row(cell, "all", "", "", 0) | {"error": _one_line(error)}
         return
@@ -93,7 +100,7 @@ def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device,
             yield _row(cell, "full", backend, mode, problem.layers) | _guard(_full, problem, backend, mode)
     for window in windows if mac else ():
         problem.cell = replace(cell, window=window)
-        rings = None
+        stream = rings = None
         for rate in hit_rates:
             for pattern in misses if 0 < rate < 1 else ("none",):
                 problem.rewind()
@@ -104,15 +111,23 @@ def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device,
                         problem.rewind()
                         stream = Stream(problem, rate, pattern, rings)
                     label = {"hit_rate": rate, "misses": pattern, "synthetic": True}
-                    key = _row(problem.cell, "mac", "torch" if device == "cpu" else "triton", mode, problem.layers)
+                    key = _row(problem.cell, "mac", "torch" if device == "cpu" else "triton", mode, problem.layers, problem.rings)
                     yield key | label | _guard(_mac, problem, stream, mode)
+
+
+def _rotation(cell: Cell, windows: tuple[int, ...], device: str) -> tuple[int, int]:
+    """(caches, rings) of a round. The CPU's times are no result, so there one of each will do."""
+    if device != "cuda":
+        return 1, 1
+    torch.cuda.empty_cache()
+    return rotation(cell, windows, torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0])
 
 
 def _guard(function, *args) -> dict:
     """A failed measurement is a row with one line of error; the run goes on."""
     try:
         return function(*args)
-    except peers.NotInstalled as error:
+    except peers.Unavailable as error:
         return {"error": _one_line(error)}
     except (RuntimeError, NotImplementedError, ValueError, MemoryError) as error:
         return {"error": f"{type(error).__name__}: {_one_line(error)}"}
@@ -141,67 +156,64 @@ def _full(problem: Problem, backend: str, mode: str) -> dict:
         problem.advance()
 
     spread = rounds(everything, lambda i: None, problem.steps, problem.layers, mode, _WARM)
-    return spread | {"relative_error": worst, "bytes_read": cell.cache_bytes, "kv_tokens": cell.batch * cell.kv_heads * cell.ctx}
+    grown = mean(timed(problem.steps, _WARM)) if backend in peers.GROWING else 0
+    tokens = cell.batch * cell.kv_heads * (cell.ctx + grown)
+    return spread | {"relative_error": worst, "bytes_read": round(tokens * 2 * cell.head_dim * cell.itemsize), "kv_tokens": round(tokens)}
 
 
 def _mac(problem: Problem, stream: Stream, mode: str) -> dict:
     cell, cache = problem.cell, problem.cache
-    layer_kernels = kernels("torch" if mode == "cpu" else "triton", problem.device)
-    params = MacParams(cell.tau * (2 * cell.head_dim) ** 0.5, cell.band)
-    worst, spans, hit = _check_mac(problem, stream, layer_kernels.mac_step, params)
+    mac_step = kernels("torch" if mode == "cpu" else "triton", problem.device).mac_step
+    worst = _check_mac(problem, stream, mac_step)
 
     inputs = stream.queries[0].clone()
-    problem.rewind()
+
+    def call(i):
+        return mac_step(inputs[i], problem.q[i], cache, problem.layer(i), stream.rings[i], cell.params, cell.scale)
 
     def everything():
-        for layer in range(problem.layers):
-            layer_kernels.mac_step(inputs[layer], problem.q[layer], cache, layer, stream.rings[layer], params, cell.scale)
+        steps = [call(i)._replace(out=None) for i in range(problem.rings)]  # ``reads`` needs no outputs: their memory may be used again
         problem.advance()
+        return steps
 
     if mode != "cpu":  # compile and warm up without touching what is measured
         spare = stream.rings[0]
         saved = some_rows(spare, list(range(cell.batch)))
-        layer_kernels.mac_step(inputs[0], problem.q[0], cache, 0, spare, params, cell.scale)
+        call(0)
         for target, source in zip((spare.q, spare.out, spare.lse, spare.depth), (saved.q, saved.out, saved.lse, saved.depth), strict=True):
             target.copy_(source)
         del saved
-    spread = rounds(everything, lambda i: inputs.copy_(stream.queries[i]), problem.steps, problem.layers, mode, _WARM)
-
-    tokens = int(span_tokens(spans.cpu().numpy()[None], cell.kv_heads)[1].sum())
-    kv = tokens * 2 * cell.head_dim * cell.itemsize
-    state = cell.batch * cell.q_heads * cell.window * cell.head_dim * cell.itemsize + int(hit.sum()) * (cell.head_dim * 4 + 8)
-    return spread | {
-        "relative_error": worst, "hit_rate_measured": float(hit.float().mean()),
-        "bytes_read": kv + state, "bytes_kv": kv, "bytes_state": state, "kv_tokens": tokens,
-    }  # fmt: skip
+    reads = Reads()
+    spread = rounds(everything, lambda i: inputs.copy_(stream.queries[i]), problem.steps, problem.rings, mode, _WARM, reads.keep)
+    return spread | {"relative_error": worst} | reads.counts(cell, stream.hits)
 
 
-def _check_mac(problem: Problem, stream: Stream, mac_step, params: MacParams):
-    """Two chained steps of the first and last layer on copies of the rings, a few requests of which a float32 reference repeats.
+def _check_mac(problem: Problem, stream: Stream, mac_step) -> float:
+    """Two chained steps of the first and last call on copies of the rings, a few requests of which a float32 reference repeats.
 
-    Returns the worst relative error (of output and new ring entries), and spans and hits of the last step of the first layer.
+    Spans (sinks included) and hits must be the same. Returns the worst relative error, of output and new ring entries.
     """
     cell, cache = problem.cell, problem.cache
     chosen = sorted({0, cell.batch - 1})
     reference = compose(torch_backend.match, torch_backend.attend)
-    worst, kept = 0.0, None
-    for layer in sorted({problem.layers - 1, 0}, reverse=True):
+    worst = 0.0
+    for call in sorted({0, problem.rings - 1}):
+        layer = problem.layer(call)
         problem.rewind()
-        own = some_rows(stream.rings[layer], list(range(cell.batch)))
-        exact = some_rows(stream.rings[layer], chosen)
+        own = some_rows(stream.rings[call], list(range(cell.batch)))
+        exact = some_rows(stream.rings[call], chosen)
         for step in range(2):
-            q_pre, q = stream.queries[step, layer], problem.q[layer]
-            got = mac_step(q_pre, q, cache, layer, own, params, cell.scale)
-            want = reference(q_pre[chosen], q[chosen], some_requests(cache, chosen), layer, exact, params, cell.scale)
+            q_pre, q = stream.queries[step, call], problem.q[call]
+            got = mac_step(q_pre, q, cache, layer, own, cell.params, cell.scale)
+            want = reference(q_pre[chosen], q[chosen], some_requests(cache, chosen), layer, exact, cell.params, cell.scale)
             if not torch.equal(got.spans[:, :, chosen], want.spans) or not torch.equal(got.hit[chosen], want.hit):
                 raise RuntimeError("reads other keys than the float32 reference")
             worst = max(worst, _distance(got.out[chosen], want.out))
             problem.advance()
         worst = max(worst, _distance(own.out[chosen], exact.out), _distance(own.lse[chosen], exact.lse))
-        kept = got.spans, got.hit
     problem.rewind()
     _check(worst)
-    return worst, *kept
+    return worst
 
 
 def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -214,32 +226,37 @@ def _check(error: float) -> None:
         raise RuntimeError(f"relative error {error:.2e} against float32 exceeds {TOLERANCE:.0e}")
 
 
-def _row(cell: Cell, method: str, backend: str, mode: str, layers: int) -> dict:
+def _row(cell: Cell, method: str, backend: str, mode: str, layers: int, rings: int | None = None) -> dict:
     """A row's key; the rest is None until measured."""
+    knobs = ("window", "band", "tau", "sink", "min_context", "max_chain", "max_gap")
+    own = {name: getattr(cell, name) if method == "mac" else None for name in knobs}
     unknown = (
         "hit_rate", "hit_rate_measured", "misses", "time_ms", "time_p10_ms", "time_p90_ms", "rounds", "relative_error", "kv_tokens",
-        "bytes_read", "bytes_kv", "bytes_state", "bandwidth", "floor_ms", "over_floor", "over_flashinfer", "over_triton",
+        "bytes_read", "bytes_kv", "bytes_state", "bandwidth", "floor_ms", "over_floor", "bound_ms", "over_bound", "over_flashinfer", "over_triton",
         "break_even_flashinfer", "break_even_triton", "copy_bandwidth", "error",
     )  # fmt: skip
     return {
         "method": method, "backend": backend, "mode": mode, "q_heads": cell.q_heads, "kv_heads": cell.kv_heads, "batch": cell.batch, "ctx": cell.ctx,
         "head_dim": cell.head_dim, "dtype": str(cell.dtype).removeprefix("torch."), "page_size": cell.page_size, "scattered": cell.scattered,
-        "window": cell.window if method == "mac" else None, "band": cell.band if method == "mac" else None,
-        "max_gap": cell.max_gap if method == "mac" else None, "synthetic": False, "layers": layers,
+        **own, "synthetic": False, "layers": layers, "rings": rings,
     } | dict.fromkeys(unknown)  # fmt: skip
 
 
 def _derived(row: dict, ceiling: float | None) -> dict:
-    """Bandwidth in bytes per second, the floor (bytes over the measured copy bandwidth) and the ratio to it."""
+    """Bandwidth in bytes per second; the floor (bytes over the measured copy bandwidth) and, of mixed rows, the bound, with the ratios to them."""
     if row["time_ms"] is None or ceiling is None:
         return {"copy_bandwidth": ceiling}
     floor = row["bytes_read"] / ceiling * 1e3
+    bound = None
+    if row["hit_rate"] and row["hit_rate"] < 1:
+        bound = BOUND_FACTOR * row["bytes_read"] / BOUND_BANDWIDTH * 1e3 + BOUND_LAUNCHES_MS
     return {
+        "bound_ms": bound, "over_bound": bound and row["time_ms"] / bound,
         "bandwidth": row["bytes_read"] / row["time_ms"] * 1e3, "floor_ms": floor, "over_floor": row["time_ms"] / floor, "copy_bandwidth": ceiling,
     }  # fmt: skip
 
 
-def _compare(rows: list[dict]) -> None:
+def compare(rows: list[dict]) -> None:
     """Fill in the ratios to full attention and the break-even hit rates. FlashInfer counts with the faster of its kernels."""
     cells = defaultdict(list)
     for row in rows:
@@ -258,9 +275,12 @@ def _compare(rows: list[dict]) -> None:
 
 
 def _break_even(points: list[tuple[float, float]], full: float) -> float | None:
-    """Lowest hit rate from which on MAC is no slower than full attention, between measured rates by straight lines; None: never."""
+    """Lowest hit rate from which on MAC is no slower than full attention, between measured rates by straight lines.
+
+    None: never, or a line from 0 to 1 would be all there is to tell it by.
+    """
     points = sorted(points)
-    if points[-1][1] > full:
+    if points[-1][1] > full or (len(points) < 3 and points[0][1] > full):
         return None
     for (low, slow), (high, fast) in reversed(list(zip(points, points[1:], strict=False))):
         if slow > full:

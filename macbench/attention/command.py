@@ -7,10 +7,11 @@ from pathlib import Path
 from macbench.attention import table
 from macbench.attention.__main__ import facts
 from macbench.attention.bench import NoGPU, measure
-from macbench.attention.peers import FULL_BACKENDS
+from macbench.attention.peers import EXCUSES, FULL_BACKENDS
 from macbench.errors import ConfigError, choose
 
 _LISTS = ("heads", "batch", "hit_rate", "misses", "backends", "modes")
+_OWN = ("band", "tau", "sink", "min_context", "max_chain")
 _PLAIN = ("max_gap", "head_dim", "page_size", "dtype", "scattered", "steps")
 
 
@@ -23,14 +24,18 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
     _check(knobs, method)
     if backend != "auto":
         knobs["backends"] = [choose("backend", backend, FULL_BACKENDS)]
+    elif device == "cpu" and "torch" not in knobs["backends"]:
+        knobs["backends"].append("torch")  # the others say why they do not run there
     if device == "cpu":
-        knobs |= {"backends": ["torch"], "dtype": "float32"}
+        knobs["dtype"] = "float32"
     windows = _list(task["window"]) if task["window"] else [method.get("window", 512)]
-    least = max(windows) + method.get("band", 0) + 2
+    least = max(windows) + method.get("band", 0) + method.get("sink", 0) + 2
     for ctx in contexts:
         if ctx < least:
-            raise ConfigError("ctx", ctx, f"must be at least {least} tokens, so that ring and band are full")
-    own = {key: method[key] for key in ("band", "tau") if key in method}
+            raise ConfigError("ctx", ctx, f"must be at least {least} tokens, so that sinks, ring and band are full")
+        if ctx < method.get("min_context", 0) and any(knobs["hit_rate"]):
+            raise ConfigError("ctx", ctx, f"is below method.min_context={method['min_context']}: no head can hit there; lower one or raise the other")
+    own = {key: method[key] for key in _OWN if key in method}
     try:
         rows = measure(
             ctx=contexts, window=windows, mac=method["name"] == "mac", device=device, seed=seed, **own, **knobs,
@@ -40,9 +45,9 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
         raise ConfigError("device", device, str(error)) from error
     print("\n".join([table.HEADER, *map(table.line, rows)]))
     target = Path(runs_dir) / "attention" / f"{method['name']}-{_name(knobs, contexts, windows, own)}.parquet"
-    table.write(rows, target, facts(device) | {"task": task, "method": method})
+    table.write(rows, target, facts(device, "macbench.run") | {"task": task, "method": method})
     print(f"records: {target}")
-    return 1 if any(row["error"] and not row["error"].startswith("not installed") for row in rows) else 0
+    return 1 if any(row["error"] and not row["error"].startswith(EXCUSES) for row in rows) else 0
 
 
 def _list(value) -> list:
@@ -64,9 +69,14 @@ def _check(knobs: dict, method: dict) -> None:
             raise ConfigError("task.hit_rate", value, "must be a number from 0 to 1")
     least = {"batch": 1, "max_gap": 1, "head_dim": 8, "page_size": 1, "steps": 4}
     for key, low in least.items():
-        for value in _list(knobs[key]):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"task.{key}", value, f"must be an integer of at least {low}")
+        number_list(f"task.{key}", knobs[key], low)
+
+
+def number_list(key: str, values, least: int) -> None:
+    """One integer of at least ``least``, or a list of them."""
+    for value in _list(values):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(key, value, f"must be an integer of at least {least}")
 
 
 def _name(*parts) -> str:

@@ -1,31 +1,47 @@
 """Full attention by other people's kernels, each behind one call on our paged cache: ``make(...)`` -> ``run(layer) -> out [B, Hq, d]``.
 
 A peer reads the same pages through a view of our pool (pages of a head lie next to each other; only strides differ from its own layout).
-Peers that plan on the host keep the plan of the longest context of the run, and so do not advance.
+Peers that plan on the host keep the plan of the first round, and so do not see lengths grow.
 """
 
 import os
 from collections.abc import Callable
 
 import torch
+from macbench_kernels import UnsupportedError, kernels
 
 from macbench.attention.problem import Problem
 
 FULL_BACKENDS = ("triton", "torch", "flashinfer", "flashinfer_tc", "flash_attn", "sdpa")
+# Those that read one key more in every round.
+GROWING = ("triton", "torch", "flash_attn")
+# How the reasons begin for which a backend may be missing from a table without the run having failed.
+EXCUSES = ("not installed", "not on a CPU")
 
 
-class NotInstalled(Exception):
-    """The backend's package cannot be imported here."""
+class Unavailable(Exception):
+    """The backend cannot run here; the message is one line that begins with one of EXCUSES."""
 
 
 def make(backend: str, problem: Problem) -> Callable[[int], torch.Tensor]:
+    """Raises Unavailable if the backend's package or the device it needs is missing."""
     return {
         "triton": _triton, "torch": _torch, "flash_attn": _flash_attn, "sdpa": _sdpa,
         "flashinfer": lambda p: _flashinfer(p, False), "flashinfer_tc": lambda p: _flashinfer(p, True),
     }[backend](problem)  # fmt: skip
 
 
+def _needs_gpu(backend: str, problem: Problem) -> None:
+    if problem.device != "cuda":
+        raise Unavailable(f"not on a CPU ({backend} needs a CUDA device)")
+
+
 def _triton(problem: Problem):
+    try:
+        kernels("triton", problem.device)
+    except UnsupportedError as error:
+        excuse = EXCUSES[1] if problem.device == "cpu" else EXCUSES[0]
+        raise Unavailable(f"{excuse} ({error})") from error
     from macbench_kernels.triton_attend import attend_full
 
     cell = problem.cell
@@ -49,7 +65,8 @@ def _flashinfer(problem: Problem, tensor_cores: bool):
         os.environ.setdefault("FLASHINFER_DISABLE_VERSION_CHECK", "1")
         import flashinfer
     except ImportError as error:
-        raise NotInstalled(f"not installed ({error})") from error
+        raise Unavailable(f"not installed ({error})") from error
+    _needs_gpu("flashinfer", problem)
     cell, cache, device = problem.cell, problem.cache, problem.device
     used = -(-cell.ctx // cell.page_size)
     indptr = torch.arange(cell.batch + 1, dtype=torch.int32, device=device) * used
@@ -73,7 +90,8 @@ def _flash_attn(problem: Problem):
     try:
         from flash_attn import flash_attn_with_kvcache
     except ImportError as error:
-        raise NotInstalled(f"not installed ({error})") from error
+        raise Unavailable(f"not installed ({error})") from error
+    _needs_gpu("flash_attn", problem)
     cell, cache = problem.cell, problem.cache
     if cell.page_size % 256:
         raise NotImplementedError(f"flash_attn takes page sizes that are multiples of 256, not {cell.page_size}")

@@ -7,34 +7,51 @@ from time import perf_counter
 import torch
 
 
-def rounds(run: Callable[[], object], before: Callable[[int], None], count: int, calls: int, mode: str, warm: int) -> dict:
-    """Milliseconds per call over ``count`` rounds of ``calls`` calls each: median, 10th and 90th percentile.
+def timed(count: int, warm: int) -> range:
+    """Which of ``count`` rounds are timed: all but the first ``warm``, and the last in any case."""
+    return range(min(warm, count - 1), count)
+
+
+def rounds(
+    run: Callable[[], object], before: Callable[[int], None], count: int, calls: int, mode: str, warm: int, after: Callable = lambda i, result: None
+) -> dict:
+    """Milliseconds per call over the timed ones of ``count`` rounds of ``calls`` calls each: median, 10th and 90th percentile.
 
     ``before(i)`` loads the inputs of round i, outside the clock. ``mode``: 'graph' captures ``run`` once and replays it, 'eager' calls it,
-    'cpu' uses the host clock.
+    'cpu' uses the host clock. ``after(i, result)`` sees what ``run`` returned in the timed round i, outside the clock and before the next
+    round; of a graph that is always the captured result, whose tensors every replay fills anew.
     """
+    chosen = timed(count, warm)
     if mode == "cpu":
         times = []
         for i in range(count):
             before(i)
             began = perf_counter()
-            run()
+            result = run()
             times.append((perf_counter() - began) * 1e3 / calls)
-        return _spread(times[min(warm, count - 1) :])
+            if i in chosen:
+                after(i, result)
+        return _spread([times[i] for i in chosen])
     if mode == "graph":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
+            captured = run()
+
+        def run():
+            graph.replay()
+            return captured
+
     _wake()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for i, (start, end) in enumerate(events):
         before(i)
         start.record()
-        run()
+        result = run()
         end.record()
+        if i in chosen:
+            after(i, result)
     torch.cuda.synchronize()
-    return _spread([start.elapsed_time(end) / calls for start, end in events[warm:]])
+    return _spread([events[i][0].elapsed_time(events[i][1]) / calls for i in chosen])
 
 
 def _wake(milliseconds: float = 60.0) -> None:

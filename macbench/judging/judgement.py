@@ -16,7 +16,7 @@ from macbench.files import write_whole
 from macbench.judging.base import Judge, Verdict
 from macbench.judging.cache import Answers
 from macbench.records import config_hash
-from macbench.summary import format_frame
+from macbench.tables import format_frame
 
 _SHOWN = ("method", "variant", "scenario", "texts", "completion", "stic_1", "stic_2", "stic_2_se", "weighted", "length", "impossible", "unjudged")
 

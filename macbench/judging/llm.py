@@ -61,17 +61,18 @@ class LlmJudge:
             engine = Engine(model.network, kernels(self.backend, device), ctx)
         except UnsupportedError as error:
             raise ConfigError("judge.backend", self.backend, str(error)) from error
+        method = Full()
         for index, ids in enumerate(tqdm(prompts, unit="question", desc="judge", dynamic_ncols=True)):
-            yield index, self._answer(engine, model, ids, settled)
+            yield index, self._answer(engine, model, method, ids, settled)
 
-    def _answer(self, engine: Engine, model, ids: list[int], settled) -> Verdict:
+    def _answer(self, engine: Engine, model, method: Full, ids: list[int], settled) -> Verdict:
         if len(ids) + self.max_tokens > engine.ctx:
             return Verdict(None, f"the question has {len(ids)} tokens, the judge holds {engine.ctx - self.max_tokens}")
         decode = model.chat.decode
         prompt = engine.prefill(ids)
         try:
             sampler = self._sampling.sampler()
-            made = engine.decode(prompt, Full(), self.max_tokens, model.stop_ids, sampler=sampler, ended=lambda tokens: settled(decode(tokens)))
+            made = engine.decode(prompt, method, self.max_tokens, model.stop_ids, sampler=sampler, ended=lambda tokens: settled(decode(tokens)))
         finally:
             prompt.free()
         return Verdict(decode(made.tokens))

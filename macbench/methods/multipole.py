@@ -244,4 +244,4 @@ class Multipole(Method):
         behind = tokens.gather(-1, (i - exact).clamp(0, self.budget - 1))
         always = i + torch.where((i < SINKS) | dense, 0, clustered)
         ids = torch.where((i < exact) | dense, always, behind).int()
-        return ids, torch.where(self._dense[:, None], cache.lengths[:, None], self._exact[:, None] + taken).int()
+        return ids, torch.where(self._dense[:, None], cache.lengths[:, None], self._exact[:, None] + taken).int().clamp(max=ids.shape[-1])

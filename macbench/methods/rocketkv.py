@@ -185,5 +185,5 @@ class RocketKV(Method):
             exists = torch.cat([torch.ones_like(exists[..., :1]), exists & ~newest], -1)
         rank = torch.where(exists, exists.cumsum(-1) - 1, n).clamp(max=n)  # those that do not fit meet in a column of no interest
         packed = torch.zeros(*places.shape[:2], n + 1, dtype=places.dtype, device=places.device).scatter(-1, rank, places)[..., :n]
-        kept = self.kept[layer].gather(-1, packed.clamp(max=size.keep - 1).long())
+        kept = self.kept[layer].gather(-1, packed.clamp(0, size.keep - 1).long())
         return torch.where(packed < size.keep, kept, packed + self.removed[:, None, None]).int()

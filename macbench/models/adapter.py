@@ -28,9 +28,17 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return sorted(found, key=lambda m: m.layer_idx)
 
 
-def attention_shape(model: torch.nn.Module, batch: int = 1) -> Shape:
-    """Sizes of the model's attention."""
+def attention_shape(model: torch.nn.Module, max_tokens: int = 0) -> Shape:
+    """Sizes of the model's attention, for requests of at most ``max_tokens``."""
     config, module = model.config, attention_modules(model)[0]
+    rotary = model.base_model.rotary_emb
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = (part[0].float() for part in rotary(x.float(), positions[None]))
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return (x * cos + turned * sin).to(x.dtype)
+
     return Shape(
         layers=config.num_hidden_layers,
         q_heads=config.num_attention_heads,
@@ -39,7 +47,8 @@ def attention_shape(model: torch.nn.Module, batch: int = 1) -> Shape:
         scale=module.scaling,
         dtype=model.dtype,
         device=model.device,
-        batch=batch,
+        max_tokens=max_tokens,
+        rotate=rotate,
     )
 
 

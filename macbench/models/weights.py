@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
@@ -48,17 +49,28 @@ def max_context(spec) -> int:
 
     A sliding window in any layer ends it: every method here assumes that all earlier tokens are visible.
     """
-    from transformers import AutoConfig
-
-    where = folder_or_id(spec)
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
-    except Exception as error:  # see load
-        raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    config = _config(spec)
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     window = getattr(config, "sliding_window", None) if slides else None
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def planned_shape(spec, dtype: torch.dtype, device: str, max_tokens: int) -> Shape:
+    """Sizes of the model's attention, from its configuration alone: no weights are read."""
+    config = _config(spec)
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        layers=config.num_hidden_layers,
+        q_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=dim,
+        scale=dim**-0.5,
+        dtype=dtype,
+        device=device,
+        max_tokens=max_tokens,
+    )
 
 
 def load(spec, device: str, chat: Chat) -> LoadedModel:
@@ -96,6 +108,16 @@ def load_chat(spec) -> Chat:
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"tokenizer cannot be loaded: {_first_line(error)}") from error
     return Chat(tokenizer, spec.template)
+
+
+def _config(spec):
+    from transformers import AutoConfig
+
+    where = folder_or_id(spec)
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+    except Exception as error:  # see load
+        raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
 
 
 def _revision(spec) -> dict:

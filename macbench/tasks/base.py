@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import pandas as pd
+
 from macbench.sampling import Sampling
 
 
@@ -43,6 +45,7 @@ class Task(Protocol):
     ``size(subtask) -> int``: how many examples there are, for a benchmark that has a last one.
     ``follow_up(example, text) -> Example | None``: a second call whose prompt is made from the first answer; its text is what is scored.
     ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run.
+    ``guesses(samples) -> dict[str, float]``: scores that take no reading, by name: the chance level, the best constant answer. Static.
     ``checks(samples)``, ``verdict(answer)``, ``judged(texts, checks)`` and ``official_judge``: questions for a judge about the texts of a
     run and what becomes of the answers (see ``macbench/judging``); none of them needs an instance.
     """
@@ -64,3 +67,8 @@ class Task(Protocol):
 def count(task: Task, subtask: str, limit: int) -> int:
     """How many examples of a subtask ``limit`` asks for."""
     return min(limit, task.size(subtask)) if hasattr(task, "size") else limit
+
+
+def guesses(task: Task | type, samples: pd.DataFrame) -> dict[str, float]:
+    """The task's ``guesses`` for the examples of these sample rows; none if it has no such thing."""
+    return task.guesses(samples) if hasattr(task, "guesses") and len(samples) else {}

@@ -4,10 +4,11 @@ import pytest
 import torch
 from macbench_kernels import Ring, kernels
 
+pytestmark = pytest.mark.usefixtures("seed")
 
-def make_ring(batch, heads, capacity, dim, device, seed=0) -> Ring:
-    torch.manual_seed(seed)
-    ring = Ring.create(batch, heads, capacity, dim, torch.float32, device)
+
+def make_ring(batch, heads, capacity, dim, device, dtype) -> Ring:
+    ring = Ring.create(batch, heads, capacity, dim, dtype, device)
     ring.q.normal_()
     ring.depth.random_(0, 5)
     return ring
@@ -44,9 +45,9 @@ def brute_force(q, ring, position, oldest, max_chain, min_context):
     ],
 )
 @pytest.mark.parametrize("dim", [64, 96])
-def test_nearest_eligible_entry(backend, device, positions, oldest, max_chain, min_context, dim):
-    ring = make_ring(2, 3, 40, dim, device)
-    q = ring.q[:, :, 7] + 0.5 * torch.randn(2, 3, dim, device=device)
+def test_nearest_eligible_entry(backend, device, dtype, positions, oldest, max_chain, min_context, dim):
+    ring = make_ring(2, 3, 40, dim, device, dtype)
+    q = (ring.q[:, :, 7] + 0.5 * torch.randn(2, 3, dim, device=device)).to(dtype)
     position = torch.tensor(positions, dtype=torch.int32, device=device)
     radius = 0.4 * (2 * dim) ** 0.5
     match = kernels(backend, device).match(q, ring, position, radius, oldest, max_chain, min_context)
@@ -61,10 +62,10 @@ def test_nearest_eligible_entry(backend, device, positions, oldest, max_chain, m
         assert bool(match.hit[b, h]) == (distance < radius)
 
 
-def test_ties_go_to_the_lowest_row(backend, device):
-    ring = make_ring(1, 2, 150, 64, device)
+def test_ties_go_to_the_lowest_row(backend, device, dtype):
+    ring = make_ring(1, 2, 150, 64, device, dtype)
     ring.q[:, :, [11, 70, 149]] = 1.0
-    q = torch.ones(1, 2, 64, device=device)
+    q = torch.ones(1, 2, 64, device=device, dtype=dtype)
     match = kernels(backend, device).match(q, ring, torch.tensor([400], dtype=torch.int32, device=device), 1.0, 0)
     assert match.slot.tolist() == [[11, 11]]
     assert match.distance.tolist() == [[0.0, 0.0]]
@@ -72,7 +73,7 @@ def test_ties_go_to_the_lowest_row(backend, device):
     assert match.source.tolist() == [[311, 311]]
 
 
-def test_radius_zero_never_hits(backend, device):
-    ring = make_ring(1, 2, 16, 64, device)
+def test_radius_zero_never_hits(backend, device, dtype):
+    ring = make_ring(1, 2, 16, 64, device, dtype)
     match = kernels(backend, device).match(ring.q[:, :, 3].clone(), ring, torch.tensor([16], dtype=torch.int32, device=device), 0.0, 0)
     assert not match.hit.any()

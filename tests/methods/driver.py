@@ -120,14 +120,17 @@ class Text:
 
 
 class Batch:
-    """A method on several requests that decode in step; ``step()`` returns the outputs of all layers, [layers, B, Hq, d]."""
+    """A method on several requests that decode in step; ``step()`` returns the outputs of all layers, [layers, B, Hq, d].
 
-    def __init__(self, method: Method, texts: list[Text], backend="torch", page_size=16, permute=False, layer_kernels=None, max_tokens=None):
-        self.method, self.texts, first = method, texts, texts[0]
+    ``idle``: empty requests behind the others, as in a batch that is not full; they take part in every call and do not grow.
+    """
+
+    def __init__(self, method: Method, texts: list[Text], backend="torch", page_size=16, permute=False, layer_kernels=None, max_tokens=None, idle=0):
+        self.method, self.texts, first = method, [*texts, *texts[:1] * idle], texts[0]
         layers, heads, _, dim = first.q.shape
         kv_heads, dtype, device = first.k.shape[1], first.k.dtype, first.k.device
         longest = max(t.k.shape[2] for t in texts)
-        sizes = (layers, heads, kv_heads, dim, dim**-0.5, dtype, device, len(texts), max_tokens or longest)
+        sizes = (layers, heads, kv_heads, dim, dim**-0.5, dtype, device, len(self.texts), max_tokens or longest)
         self.shape = Shape(*sizes, rotate)
         self.ledger = Ledger(self.shape)
         pool = PagePool(layers, kv_heads, dim, len(texts) * (-(-longest // page_size) + 3), page_size, dtype, device)
@@ -136,8 +139,9 @@ class Batch:
             cache.extend(text.prompt)
             for layer in range(layers):
                 cache.append(layer, text.k[layer, None, :, : text.prompt], text.v[layer, None, :, : text.prompt])
-        self.cache = PagedKVCache(pool, len(texts))
+        self.cache = PagedKVCache(pool, len(self.texts))
         self.cache.share([(cache, 0) for cache in alone])
+        self.cache.activate([b < len(texts) for b in range(len(self.texts))])
         for cache in alone:
             cache.free()
         if permute:
@@ -174,11 +178,11 @@ class Batch:
 
     def grow(self) -> None:
         """Make the next token of every request visible in all layers."""
-        self.ledger.begin_step([n + 1 for n in self.lengths])
+        self.ledger.begin_step([n + active for n, active in zip(self.lengths, self.cache.active, strict=True)])
         self.method.between_steps(self.cache)
         self.cache.extend(1)
         for layer in range(self.shape.layers):
-            new = (torch.stack([getattr(t, x)[layer, :, n - 1 : n] for t, n in zip(self.texts, self.lengths, strict=True)]) for x in "kv")
+            new = (torch.stack([getattr(t, x)[layer, :, n - 1 :][:, :1] for t, n in zip(self.texts, self.lengths, strict=True)]) for x in "kv")
             self.cache.append(layer, *new)
         self.steps += 1
 

@@ -442,6 +442,15 @@ def test_a_batch_is_what_its_requests_are_alone(case):
         assert all((together.counts()[name][..., b] == values[..., 0]).all() for name, values in one.counts().items())
 
 
+def test_idle_requests_disturb_nobody(case):
+    """A batch that is not full: rows that hold no token take part in every call."""
+    plain, padded = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), idle=2)
+    for _ in range(3):
+        torch.testing.assert_close(plain.step(), padded.step()[:, : len(case.prompts)], atol=1e-6, rtol=1e-6)
+    for name, values in plain.counts().items():
+        assert (values == padded.counts()[name][..., : len(case.prompts)]).all(), name
+
+
 def test_without_groups_all_ways_to_share_are_one(case):
     batches = [Batch(case.make(gqa=gqa) if gqa else case.make(), case.texts(group=1)) for gqa in case.gqa]
     for _ in range(3):

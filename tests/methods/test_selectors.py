@@ -248,7 +248,7 @@ def test_golden_table_of_bytes():
     def rho(method, expected, shape, length):
         total = 0
         for layer in range(shape.layers):
-            want = expected(method, Seen(layer, length, shape))
+            want = expected(method, Seen(layer, length, shape, length))
             kv = want.get("bytes_kv", want.get("tokens_phys", 0) * shape.kv_row_bytes)
             total += kv + want.get("bytes_meta", 0) + want.get("bytes_idx", 0)
         return total / (shape.layers * shape.kv_heads * length * shape.kv_row_bytes)

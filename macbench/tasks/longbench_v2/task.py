@@ -107,6 +107,10 @@ class LongBenchV2:
         letter = scoring.best_letter(self.items.facts[int(i)].answer for i in samples.example_id.unique())
         return [(f"accuracy in percent over all items asked; constant: always {letter}; chance 25", scoring.groups(samples))]
 
+    @staticmethod
+    def guesses(samples: pd.DataFrame) -> dict[str, float]:
+        return scoring.guesses(samples)
+
     def protocol(self) -> dict:
         """What it takes to repeat the numbers."""
         return {

@@ -1,0 +1,98 @@
+"""``budget=0.1``: every method gets the knob that makes it read a tenth of full attention's bytes, by its own closed form.
+
+The budget is rho_bytes at ctx visible tokens. A method answers with a copy of itself, or with the floor that keeps it above.
+"""
+
+from dataclasses import fields, replace
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from macbench import cli
+from macbench.counting import Shape
+from macbench.errors import ConfigError
+from macbench.methods.base import Method
+from macbench.settings import Variant, budgets
+from macbench.summary import headline
+
+# A measured rho_bytes farther than this share from the budget is said.
+TOLERANCE = 0.1
+
+
+def fit(cfg: DictConfig, variants: list[Variant], tokens: int, shape: Shape) -> list[Variant]:
+    """Every variant at every budget of ``cfg``; those of methods without a knob once, as they are.
+
+    One ConfigError for all methods that a budget is too small for.
+    """
+    fitted, floors = [], {}
+    for variant in variants:
+        if not has_knob(variant.method):
+            fitted.append(variant)
+            continue
+        for budget in budgets(cfg):
+            try:
+                fitted.append(_at(variant, budget, tokens, shape))
+            except ConfigError as error:
+                said = error.allowed.removeprefix(variant.name).lstrip()
+                floors[variant.name, budget] = f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {said}"
+    if floors:
+        raise ConfigError("budget", cfg.budget, "; ".join(floors.values()))
+    chosen = _given(cfg)
+    for variant in fitted:
+        if variant.name == cfg.method.name and (twice := sorted(chosen & set(variant.knobs))):
+            raise ConfigError("budget", variant.budget, f"chooses method.{twice[0]} itself; give one of the two")
+    return fitted
+
+
+def has_knob(method: Method) -> bool:
+    return type(method).fit is not Method.fit
+
+
+def untouched(variants: list[Variant]) -> str | None:
+    """A line for the user about methods that a budget does not apply to."""
+    names = dict.fromkeys(v.name for v in variants if v.budget is None)
+    return f"budget does not apply to {', '.join(names)}, without a knob for it" if names else None
+
+
+def misses(table: pd.DataFrame, variants: list[Variant]) -> list[str]:
+    """A line for every variant whose measured rho_bytes is off its budget."""
+    measured = {(row.method, row.variant): row.rho_bytes for row in headline(table).itertuples()}
+    lines = []
+    for v in variants:
+        found = measured.get((v.name, v.label))
+        if v.budget is not None and pd.notna(found) and abs(found / v.budget - 1) > TOLERANCE:
+            cause = "generated tokens, dense fallbacks and other lengths than ctx count as they come"
+            lines.append(f"{v.name} ({v.label}) has a measured rho_bytes of {found:.4f}, wanted {v.budget:g}: {cause}")
+    return lines
+
+
+def _at(variant: Variant, budget: float, tokens: int, shape: Shape) -> Variant:
+    method = variant.method.fit(budget, tokens, shape)
+    after = _hyper(method)
+    # A knob is what a budget moves. Where it moves to the value that was there before, another budget gives it away.
+    others = [_hyper(m) for m in (variant.method, _or_none(variant.method, 1.0, tokens, shape)) if m]
+    knobs = {name: value for name, value in after.items() if any(value != other[name] for other in others)}
+    label = " ".join(filter(None, [variant.label, f"budget={budget:g}", *(f"{name}={_short(value)}" for name, value in knobs.items())]))
+    return replace(variant, label=label, method=method, budget=budget, knobs=knobs)
+
+
+def _or_none(method: Method, *at) -> Method | None:
+    try:
+        return method.fit(*at)
+    except ConfigError:
+        return None
+
+
+def _hyper(method: Method) -> dict:
+    """Hyper-parameters by name."""
+    return {field.name: getattr(method, field.name) for field in fields(method)}
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _given(cfg: DictConfig) -> set[str]:
+    """Knobs of the method that the user chose: those of the grid, and those that are not what the option's file says."""
+    own = cli.load_option("method", cfg.method.name) if cfg.method.name in cli.options("method") else {}
+    return set(cfg.grid) | {key for key, value in cfg.method.items() if key not in own or own[key] != value}

@@ -1,0 +1,119 @@
+"""One decode step of a batch with one method, in memory that stays in place: eager, or captured once as a CUDA graph and replayed."""
+
+from contextlib import nullcontext
+
+import torch
+from macbench_kernels import Kernels, PagedKVCache, PagePool
+
+from macbench.counting import Ledger, Shape
+from macbench.methods.base import Method
+
+# Eager steps before a capture: the first compiles kernels, the second finds every buffer in place.
+_WARM_UP = 2
+
+
+class Decoder:
+    """Decodes up to ``shape.batch`` requests in step; ``start`` again for the next ones.
+
+    ``forward``: see models/forward.py. After ``step``: ``logits`` float32 [B, vocab] and ``chosen`` int64 [B], the greedy choice, which is
+    also what the next step will process unless ``tokens`` int64 [B] is written to. ``graph``: capture the step (CUDA only).
+    """
+
+    def __init__(self, forward, kernels: Kernels, shape: Shape, pool: PagePool, method: Method, graph: bool):
+        self.forward, self.kernels, self.shape, self.method = forward, kernels, shape, method
+        self.cache = PagedKVCache(pool, shape.batch, -(-shape.max_tokens // pool.page_size))
+        self.ledger = Ledger(shape)
+        self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
+        self.logits = self.chosen = None
+        self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._session = nullcontext()
+
+    def start(self, prompts: list) -> None:
+        """Become a fork of the prompts (see engine.Prompt), at most ``shape.batch`` of them, and let the method prepare for them."""
+        if self._wants_graph and self._graph is None:
+            self._capture()
+        try:
+            self.cache.share([(prompt.cache, 0) for prompt in prompts])
+            self.cache.activate([i < len(prompts) for i in range(self.shape.batch)])
+            self._begin()
+            for layer in range(self.shape.layers):
+                for request, prompt in enumerate(prompts):
+                    self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+        except BaseException:
+            self.cache.free()
+            raise
+        if self._graph is None:
+            self._session = self.forward.attending(self._attend)
+        self._session.__enter__()
+
+    def start_at(self, tokens: int, steps: int) -> None:
+        """Every request holds ``tokens`` tokens, whose K and V are whatever lies in the pool, with room for ``steps``: for latency alone."""
+        if self._wants_graph and self._graph is None:
+            self._capture()
+        self.cache.extend(tokens)
+        self.cache.reserve(steps)
+        self._begin()
+        if self._graph is None:
+            self._session = self.forward.attending(self._attend)
+        self._session.__enter__()
+
+    def stop(self) -> None:
+        """Give the pages back; counts stay."""
+        self._session.__exit__(None, None, None)
+        self._session = nullcontext()
+        self.cache.free()
+
+    def before(self) -> None:
+        """The host's part of a step: bookkeeping, pages, and whatever the method does between steps."""
+        lengths = [n + active for n, active in zip(self.cache.host_lengths, self.cache.active, strict=True)]
+        self.ledger.begin_step(lengths)
+        self.method.between_steps(self.cache)
+        self.cache.count(1)
+
+    def step(self) -> None:
+        """The device's part of a step, after ``before``."""
+        if self._graph is None:
+            self._body()
+        else:
+            self._graph.replay()
+
+    def _begin(self) -> None:
+        self.ledger.reset()
+        self.method.begin(self.shape, self.kernels, self.ledger)
+
+    def _attend(self, layer: int, q_pre: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return self.method.attend(layer, q_pre, q, self.cache)
+
+    def _body(self) -> None:
+        self.cache.advance(1)
+        self.logits = self.forward.step(self.tokens, self.cache)
+        self.chosen = self.logits.argmax(-1)
+        self.tokens.copy_(self.chosen)
+        self.ledger.end_step()
+
+    def _capture(self) -> None:
+        """On empty requests: nothing grows, and what is written goes to the spare page. The method then begins anew in the same memory."""
+        self.cache.activate([False] * self.shape.batch)
+        try:
+            self._begin()
+            graph = torch.cuda.CUDAGraph()
+            with self.forward.attending(self._attend):
+                for _ in range(_WARM_UP):
+                    self.ledger.begin_step(self.cache.host_lengths)
+                    self.method.between_steps(self.cache)
+                    self._body()
+                torch.cuda.synchronize(self.shape.device)
+                with torch.cuda.graph(graph, pool=_memory(self.shape.device)):
+                    self._body()
+            self._graph = graph
+        finally:
+            self.cache.free()
+
+
+_memories: dict[str, object] = {}
+
+
+def _memory(device) -> object:
+    """Graphs of one device share their scratch memory: only one of them runs at a time."""
+    return _memories.setdefault(str(device), torch.cuda.graph_pool_handle())

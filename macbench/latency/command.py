@@ -1,0 +1,75 @@
+"""task=decode as a run: plain dicts of the configuration in, a table and one parquet file out."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from macbench.attention.command import number_list
+from macbench.errors import ConfigError, choose
+from macbench.latency import table
+from macbench.latency.bench import measure
+from macbench.latency.prompts import essays
+from macbench.methods.mac import MAC
+from macbench.models import random_weights
+
+BACKENDS = ("triton", "torch", "flashinfer")
+
+
+def run(task: dict, method: dict, model, contexts: list[int], backend: str, device: str, dtype: torch.dtype, seed: int, target: Path, facts) -> int:
+    """One benchmark. Returns the exit code: 0, or 1 if a measurement failed.
+
+    ``model``: the ``conf/model`` node. ``facts()``: what goes into the parquet's metadata.
+    """
+    knobs = check(task, method, model)
+    if device == "cpu":
+        knobs["backends"] = ["torch"]
+    if backend != "auto":
+        knobs["backends"] = [choose("backend", backend, BACKENDS)]
+    mac = MAC(**{k: v for k, v in method.items() if k not in ("_target_", "name")}) if method["name"] == "mac" else None
+    name, prompts = model["name"], None
+    if model.get("random"):
+        network = random_weights.build(dict(model["random"]), device, dtype, seed)
+        most = network.config.max_position_embeddings
+    else:
+        from macbench.models.weights import load, load_chat, max_context
+
+        chat = load_chat(model)
+        network, most = load(model, device, chat).network, max_context(model)
+        if "real" in knobs["hit_rate"]:
+            prompts = essays(chat, task["data_path"])
+    for ctx in contexts:
+        if ctx + knobs["steps"] + 16 > most:
+            raise ConfigError("ctx", ctx, f"and the decode steps after it must fit into the {most} positions of {name}")
+    rows = measure(
+        network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, seed=seed, **knobs,
+        say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print("\n".join([table.HEADER, *map(table.line, rows)]))
+    table.write(rows, target, facts())
+    print(f"records: {target}")
+    return 1 if any(row["error"] and "not installed" not in row["error"] for row in rows) else 0
+
+
+def check(task: dict, method: dict, model) -> dict:
+    """The task's knobs as arguments of ``measure``."""
+    choose("method", method["name"], ("full", "mac"))
+    knobs = {key: task[key] for key in ("steps", "misses", "prefill", "generate", "max_gap")}
+    knobs |= {key: task[key] if isinstance(task[key], list) else [task[key]] for key in ("batch", "hit_rate", "backends", "modes")}
+    choose("task.misses", knobs["misses"], ("random", "clustered"))
+    for key, allowed in (("modes", ("graph", "eager")), ("backends", BACKENDS)):
+        for value in knobs[key]:
+            choose(f"task.{key}", value, allowed)
+    for key, least in (("steps", 4), ("max_gap", 1)):
+        number_list(f"task.{key}", knobs[key], least)
+    number_list("batch", knobs["batch"], 1)
+    for key in ("prefill", "generate"):
+        if not isinstance(knobs[key], bool):
+            raise ConfigError(f"task.{key}", knobs[key], "must be true or false")
+    for rate in knobs["hit_rate"]:
+        if rate == "real":
+            if model.get("random") or len(knobs["hit_rate"]) > 1:
+                raise ConfigError("task.hit_rate", rate, "needs a model with real weights, and stands alone: task.hit_rate=[real]")
+        elif isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+            raise ConfigError("task.hit_rate", rate, "must be a number from 0 to 1, or real")
+    return knobs

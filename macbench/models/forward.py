@@ -1,0 +1,49 @@
+"""One decode step of a model for a batch: token ids in, logits out, with the attention left to a method.
+
+Two ways: transformers' own modules (every model and device), and fused kernels around the same weights (``models/fused.py``).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from macbench_kernels import PagedKVCache
+
+from macbench.models import fused
+from macbench.models.adapter import intercept
+
+
+class Modules:
+    """transformers' modules as they are."""
+
+    name = "transformers"
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        # A mask of four dimensions is taken as given, whatever its values: no search for packed sequences, which would wait for the device.
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=network.device)
+
+    @contextmanager
+    def attending(self, attend) -> Iterator[None]:
+        """While open, ``step`` calls ``attend(layer, q_pre, q) -> out``, all [B, Hq, d], once the layer's K and V are in the cache."""
+
+        def attention(layer, q_pre, q, k, v):
+            self.cache.append(layer, k, v)
+            return attend(layer, q_pre[:, :, 0], q[:, :, 0])[:, :, None]
+
+        with intercept(self.network, attention):
+            yield
+
+    def step(self, tokens: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Logits float32 [B, vocab] after the tokens int64 [B], for which the cache has just made room."""
+        self.cache = cache
+        position = (cache.lengths.long() - 1).clamp(min=0)[:, None]
+        hidden = self.network.base_model(input_ids=tokens[:, None], position_ids=position, attention_mask=self.mask, use_cache=False)
+        return self.network.get_output_embeddings()(hidden.last_hidden_state[:, -1]).float()
+
+
+def make_forward(network: torch.nn.Module, max_tokens: int, batch: int = 1):
+    """The fastest way that serves this model here, for ``batch`` texts of up to ``max_tokens``."""
+    if torch.device(network.device).type == "cuda" and fused.obstacle(network) is None and batch <= fused.MAX_BATCH:
+        return fused.Fused(network, max_tokens)
+    return Modules(network)

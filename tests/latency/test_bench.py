@@ -1,0 +1,124 @@
+"""task=decode on a tiny model: bytes, floors and ratios follow from their definitions, synthetic hits hit, failures are rows."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from macbench.errors import ConfigError
+from macbench.latency import bench, command, table
+from macbench.latency.bench import measure, weight_bytes
+from macbench.methods.full import Full
+from macbench.methods.mac import MAC
+from macbench.models import random_weights
+from tests.models.tiny import tiny
+
+KNOBS = dict(ctx=[300], batch=[2], hit_rate=[0, 0.5, 1], backends=["torch"], steps=6, mac=MAC(min_context=0, window=32, band=8), max_gap=4)
+LAYERS, KV_HEADS, HEADS, ROW = 2, 2, 6, 2 * 16 * 4  # of tiny("llama") in float32
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny("llama", torch.float32, max_position_embeddings=4096).cpu()
+
+
+@pytest.fixture(scope="module")
+def rows(network):
+    return measure(network, "tiny", True, prefill=True, **KNOBS)
+
+
+def test_a_row_for_every_method(rows):
+    assert [(r["method"], r["hit_rate"], r["misses"]) for r in rows] == [
+        ("full", None, None), ("mac", 0, "none"), ("mac", 0.5, "random"), ("mac", 1, "none"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["error"] is None
+        assert row["random_weights"] and row["synthetic"]
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["tpot_ms"])
+        assert row["tpot_p50_ms"] <= row["tpot_p95_ms"]
+    assert [r["hit_rate_measured"] for r in rows] == [None, 0, 0.5, 1]
+    assert rows[0]["prefill_s"] > 0 and rows[0]["first_token_s"] > rows[0]["prefill_s"]
+
+
+def test_bytes_are_those_of_the_timed_steps(rows):
+    """Full attention: 300 tokens and the 4 warm-up steps, then 305 to 310 visible tokens."""
+    visible = sum(range(305, 311)) / 6
+    full = 2 * LAYERS * KV_HEADS * ROW * visible
+    scan = 2 * LAYERS * HEADS * 32 * 16 * 4
+    assert rows[0]["read_bytes"] == int(full)
+    assert rows[1]["read_bytes"] == int(full + scan)
+    assert scan < rows[3]["read_bytes"] < scan + 2 * LAYERS * (KV_HEADS * ROW * (8 + 4 + 1) + HEADS * (16 * 4 + 8) * 2)
+    assert rows[1]["read_bytes"] > rows[2]["read_bytes"] > rows[3]["read_bytes"]
+
+
+def test_weights_are_counted_once(network):
+    tied, free = tiny("llama", torch.float32, tie_word_embeddings=True), tiny("llama", torch.float32, tie_word_embeddings=False)
+    assert weight_bytes(tied) == weight_bytes(free) == sum(p.numel() for p in tied.parameters()) * 4
+    experts = tiny("qwen3_moe", torch.float32)
+    active = sum(p.numel() * (0.5 if ".experts." in n else 1) for n, p in experts.named_parameters() if "embed_tokens" not in n) * 4
+    assert weight_bytes(experts) == active
+
+
+def test_floor_and_ratios():
+    group = []
+    for method, backend, time in (("full", "triton", 8.0), ("full", "flashinfer", 10.0), ("mac", "triton", 4.0)):
+        row = dict.fromkeys(bench.COLUMNS) | {"method": method, "backend": backend, "mode": "graph", "tpot_ms": time, "tpot_p50_ms": time}
+        row |= {"weight_bytes": 3 * 10**9, "read_bytes": 3 * 10**9, "copy_bandwidth": 3e12}
+        bench._derive(row, group)
+        group.append(row)
+    assert [r["floor_ms"] for r in group] == [2.0, 2.0, 2.0]
+    assert [(r["over_floor"], r["over_full"], r["over_flashinfer"]) for r in group] == [(4, 1, None), (5, 1.25, 1), (2, 0.5, 0.4)]
+
+
+def test_a_failure_is_a_row_and_says_what_to_lower(network, monkeypatch):
+    attend = Full.attend
+
+    def fails(self, *args):
+        if self.shape.batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return attend(self, *args)
+
+    monkeypatch.setattr(Full, "attend", fails)
+    rows = measure(network, "tiny", True, **KNOBS | {"batch": [2, 1], "hit_rate": [1], "backends": ["torch", "flashinfer"]})
+    assert [bool(r["error"]) for r in rows] == [True, True, False, False, True, False]
+    assert rows[0]["error"].endswith("lower batch or ctx") and "\n" not in rows[0]["error"]
+    assert "CUDA device" in rows[1]["error"]
+    assert all(table.line(row) for row in rows)
+
+
+def test_real_prompts(network):
+    prompts = lambda batch, tokens: [list(range(i, i + tokens - 5 * i)) for i in range(batch)]  # noqa: E731
+    rows = measure(network, "tiny", False, **KNOBS | {"ctx": [90], "hit_rate": ["real"]}, prompts=prompts)
+    assert [(r["method"], r["synthetic"], r["error"]) for r in rows] == [("full", False, None), ("mac", False, None)]
+    assert 0 <= rows[1]["hit_rate_measured"] <= 1 and rows[1]["hit_rate"] is None
+
+
+def test_table_and_parquet(rows, tmp_path):
+    table.write(rows, tmp_path / "deep" / "decode.parquet", {"device": "cpu"})
+    back = pq.read_table(tmp_path / "deep" / "decode.parquet")
+    assert back.schema.metadata[b"macbench"]
+    assert back.to_pylist() == rows
+    assert "random" in table.line(rows[2]) and "syn." in table.line(rows[2])
+
+
+def test_random_weights_have_the_published_shape():
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}  # fmt: skip
+    one, two = (random_weights.build(config, "cpu", torch.float32, seed=3) for _ in range(2))
+    logits = [n(torch.arange(20)[None]).logits for n in (one, two)]
+    assert torch.equal(*logits) and torch.isfinite(logits[0]).all() and logits[0].std() > 0
+    assert one.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
+
+
+TASK = {"batch": [1], "steps": 8, "hit_rate": [0], "misses": "random", "backends": ["triton"], "modes": ["graph"], "prefill": False,
+        "generate": False, "max_gap": 64, "data_path": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", 1), ("steps", "x"), ("misses", "often"), ("modes", ["fast"]), ("backends", ["cuda"]), ("hit_rate", [2]), ("hit_rate", ["real"]),
+     ("batch", [0]), ("prefill", 3), ("max_gap", 0)],
+)  # fmt: skip
+def test_wrong_input_names_the_key(key, value):
+    with pytest.raises(ConfigError) as error:
+        command.check(TASK | {key: value}, {"name": "mac"}, {"random": {}, "name": "x"} | {"random": {"a": 1}})
+    assert key in str(error.value) and "\n" not in str(error.value)

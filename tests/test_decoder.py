@@ -1,0 +1,61 @@
+"""One step in place: the same tokens and counts captured or eager, alone or in a batch, for one prompt after the other."""
+
+import pytest
+import torch
+from macbench_kernels import kernels
+
+from macbench.engine import Engine, Request
+from macbench.methods.full import Full
+from macbench.methods.mac import MAC
+from tests.conftest import DEVICE
+from tests.models.tiny import tiny
+
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+PROMPTS = [[int(x) for x in torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n))] for n in (70, 40, 95, 9, 60)]
+METHODS = {"full": Full, "mac": lambda: MAC(min_context=0, window=32, band=8, tau=0.6)}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def network(request):
+    return tiny(request.param, DTYPE, head_dim=64, num_attention_heads=6, num_key_value_heads=2)
+
+
+def generations(network, method, groups, graph, steps=24):
+    """All prompts, decoded group by group by one engine."""
+    engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=max(map(len, groups)), graph=graph)
+    made = []
+    for group in groups:
+        prompts = [engine.prefill(ids, method.prompt_queries) for ids in group]
+        made += engine.decode_batch([Request(p, steps + i) for i, p in enumerate(prompts)], method)
+        for prompt in prompts:
+            prompt.free()
+    assert engine.pool.free_pages == engine.pool.pages
+    return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_captured_and_batched_steps_give_the_same(network, name):
+    """On a CPU nothing is captured; there the second way shows that an engine keeps no trace of what it decoded before."""
+    want = [generations(network, METHODS[name](), [[ids]], graph=False)[0] for ids in PROMPTS]
+    for groups, graph in (([[ids] for ids in PROMPTS], True), ([PROMPTS[:3], PROMPTS[3:]], True), ([PROMPTS[:3], PROMPTS[3:]], False)):
+        for got, expected in zip(generations(network, METHODS[name](), groups, graph), want, strict=True):
+            shared = min(len(got.tokens), len(expected.tokens))
+            assert shared >= 24
+            assert got.tokens[:shared] == expected.tokens[:shared]
+            for key, counts in expected.counts.items():
+                steps = min(len(counts), len(got.counts[key]))
+                assert (got.counts[key][:steps] == counts[:steps]).all(), key
+
+
+def test_what_is_fed_is_what_is_processed(network):
+    """Tokens fed to full attention: the logits of each step are those of one forward pass over prompt and fed tokens."""
+    engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4)
+    feed, seen = PROMPTS[1][:20], []
+    prompt = engine.prefill(PROMPTS[0])
+    request = Request(prompt, len(feed) + 1, feed=feed)
+    made = engine.decode_batch([request], Full(), watch=lambda step, logits: seen.append(logits[0].float().cpu()))[0]
+    assert made.tokens[:-1] == feed
+    with torch.inference_mode():
+        want = network(torch.tensor([PROMPTS[0] + feed], device=DEVICE)).logits[0, len(PROMPTS[0]) :].float().cpu()
+    error = (torch.stack(seen) - want).norm() / want.norm()
+    assert error < (1e-5 if torch.float32 == DTYPE else 2e-2)

@@ -149,6 +149,6 @@ def test_a_run_at_two_budgets(macbench, tiny_args, tmp_path):  # noqa: F811
 
 def test_a_method_without_a_fit_has_no_knob():
     assert not budget.has_knob(Full()) and budget.has_knob(Recent())
-    with pytest.raises(ConfigError, match=r"budget=0\.1: full has no knob"):
+    with pytest.raises(ConfigError, match=r"budget=0\.1: does not apply to full"):
         Full().fit(0.1, 4096, SHAPE)
     assert settings.budgets(OmegaConf.create({"budget": [0.1, 0.1, 0.2]})) == [0.1, 0.2]

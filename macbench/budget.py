@@ -19,29 +19,33 @@ from macbench.summary import headline
 TOLERANCE = 0.1
 
 
-def fit(cfg: DictConfig, variants: list[Variant], tokens: int, shape: Shape) -> list[Variant]:
-    """Every variant at every budget of ``cfg``; those of methods without a knob once, as they are.
+def fit(cfg: DictConfig, variants: list[Variant], tokens: int, shape: Shape) -> tuple[list[Variant], list[str]]:
+    """Every variant at every budget of ``cfg`` that it can reach, and a line about each one that it cannot, naming its floor.
 
-    One ConfigError for all methods that a budget is too small for.
+    Methods without a knob run once, as they are, and so do methods of ``compare`` that reach none of the budgets. If the method itself
+    reaches none, that is a ConfigError.
     """
-    fitted, floors = [], {}
+    fitted, notes = [], []
     for variant in variants:
         if not has_knob(variant.method):
             fitted.append(variant)
             continue
+        own, floors = [], []
         for budget in budgets(cfg):
             try:
-                fitted.append(_at(variant, budget, tokens, shape))
+                own.append(_at(variant, budget, tokens, shape))
             except ConfigError as error:
                 said = error.allowed.removeprefix(variant.name).lstrip()
-                floors[variant.name, budget] = f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {said}"
-    if floors:
-        raise ConfigError("budget", cfg.budget, "; ".join(floors.values()))
+                floors.append(f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {said}")
+        if not own and variant.name == cfg.method.name:
+            raise ConfigError("budget", cfg.budget, "; ".join(floors))
+        notes += [f"budget={cfg.budget}: {floor}{'' if own else '; it runs as it is'}" for floor in floors]
+        fitted += own or [variant]
     chosen = _given(cfg)
     for variant in fitted:
         if variant.name == cfg.method.name and (twice := sorted(chosen & set(variant.knobs))):
             raise ConfigError("budget", variant.budget, f"chooses method.{twice[0]} itself; give one of the two")
-    return fitted
+    return fitted, notes
 
 
 def has_knob(method: Method) -> bool:
@@ -50,7 +54,7 @@ def has_knob(method: Method) -> bool:
 
 def untouched(variants: list[Variant]) -> str | None:
     """A line for the user about methods that a budget does not apply to."""
-    names = dict.fromkeys(v.name for v in variants if v.budget is None)
+    names = dict.fromkeys(v.name for v in variants if not has_knob(v.method))
     return f"budget does not apply to {', '.join(names)}, without a knob for it" if names else None
 
 

@@ -52,8 +52,9 @@ def run(cfg: DictConfig) -> int:
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
     resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
+    floors: list[str] = []
     if cfg.budget is not None:
-        variants = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
+        variants, floors = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
@@ -64,7 +65,7 @@ def run(cfg: DictConfig) -> int:
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, resolved)
     todo = pending(task, cfg.limit, variants, directory.done())
-    cautions = [v.method.caution(ctx) for v in variants] + [budget.untouched(variants) if cfg.budget is not None else None]
+    cautions = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
     for note in dict.fromkeys(filter(None, cautions)):
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):

@@ -245,7 +245,7 @@ def test_multirun_makes_one_run_per_combination(macbench, tiny_args, tmp_path):
 
 
 def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_path, monkeypatch):
-    decode = run_module.Engine.decode
+    decode = run_module.Engine.decode_batch
     calls = []
 
     def sometimes(self, *args, **kwargs):
@@ -254,7 +254,7 @@ def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return decode(self, *args, **kwargs)
 
-    monkeypatch.setattr(run_module.Engine, "decode", sometimes)
+    monkeypatch.setattr(run_module.Engine, "decode_batch", sometimes)
     code, _, err = macbench(*tiny_args, "method=full", "limit=3")
     assert code == 1
     assert "1 example(s) failed" in err

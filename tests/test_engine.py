@@ -6,7 +6,11 @@ from macbench_kernels import kernels
 
 from macbench.engine import Engine
 from macbench.methods.full import Full
+from macbench.methods.h2o import H2O
 from macbench.methods.mac import MAC
+from macbench.methods.pyramidkv import PyramidKV
+from macbench.methods.snapkv import SnapKV
+from macbench.methods.tova import TOVA
 from macbench.tasks.ruler import Ruler
 from tests import real
 
@@ -80,3 +84,31 @@ def test_decoding_stops_at_a_stop_token_or_the_limit():
     assert stopped.finish_reason == "stop"
     limited = engine.decode(prompt, Full(), 2)
     assert (limited.tokens, limited.finish_reason, len(limited.step_seconds)) == (free.tokens[:2], "length", 1)
+
+
+def test_column_sums_of_a_prompt_do_not_depend_on_its_chunks():
+    """Every query gives its KV head's tokens one unit of attention per query head; chunks only change the order of additions."""
+    network, chat = real.model().network, real.chat()
+    ids = chat.encode(chat.render("One, two, three, four, five, six, seven. " * 20))
+    whole, chunked = (Engine(network, kernels("torch"), 400, chunk=chunk).prefill(ids, column_sums=True).queries for chunk in (1000, 37))
+    group = network.config.num_attention_heads // network.config.num_key_value_heads
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.column_sums.shape == (3, len(ids))
+        torch.testing.assert_close(one.column_sums, other.column_sums, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(one.column_sums.sum(1), torch.full((3,), float(group * len(ids))), atol=1e-2, rtol=1e-4)
+    assert Engine(network, kernels("torch"), 400).prefill(ids).queries[0].column_sums is None
+
+
+def test_evicting_methods_with_room_for_everything_write_what_full_attention_writes():
+    network, chat = real.model().network, real.chat()
+    ids = chat.encode(chat.render("Continue: one, two, three, four, five, six, seven. " * 25))
+    engine = Engine(network, kernels("torch"), len(ids) + 12)
+    methods = [SnapKV(600), PyramidKV(600), TOVA(600), H2O(300, 300)]
+    prompt = engine.prefill(ids, 32, column_sums=True)
+    want = engine.decode(prompt, Full(), 12).tokens
+    for method in methods:
+        assert engine.decode(prompt, method, 12).tokens == want
+    # The pyramid has another capacity in every layer.
+    counts = engine.decode(prompt, PyramidKV(100), 3).counts
+    rows = counts["tokens_phys"][0, :, 0] // engine.shape.kv_heads
+    assert rows[0] > 170 and rows[-1] < 20 and rows.mean() == pytest.approx(101)

@@ -18,14 +18,18 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from macbench_kernels import (
+    Codes,
     MacParams,
     PagedKVCache,
     PagePool,
     Ring,
+    Scheme,
     triton_attend,
     triton_common,
     triton_mac,
     triton_match,
+    triton_quantised,
+    triton_scores,
     triton_selected,
     triton_summaries,
 )
@@ -64,6 +68,25 @@ def resources(built) -> str:
     return f"regs {found[1]:>3} stack {found[2]:>3} smem {built.metadata.shared:>6}  " + " ".join(f"{k}={v}" for k, v in uses.items() if v)
 
 
+def peers(q: torch.Tensor, cache: PagedKVCache, ring: Ring):
+    """Calls of the kernels that other methods than MAC use."""
+    (_, heads, dim), kv_heads = q.shape, cache.pool.kv_heads
+    ids, counts, stop = (torch.zeros(1, *size, dtype=torch.int32) for size in ((kv_heads, 4096), (kv_heads,), ()))
+    scores, lse = torch.zeros(1, heads, 4096), ring.lse[..., 0]
+
+    def quantised(bits: int):
+        schemes = (Scheme(8, 1, dim, symmetric=True),) * 2 if bits == 8 else (Scheme(bits, 32, 1), Scheme(bits, 1, 32))
+        k, v = (Codes.create(s, 1, kv_heads, 4096, dim, lambda name, *size, dtype: torch.zeros(size, dtype=dtype)) for s in schemes)
+        triton_quantised.quantise_rows(v, cache.values(0), cache, stop)
+        triton_quantised.attend_quantised(q, cache, 0, k, v, stop, stop, 1.0)
+
+    yield lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0, scores=scores)
+    yield lambda: triton_scores.least_attended(scores, lse, ids, counts, stop, 5, counts.long(), scores[:, :kv_heads].contiguous())
+    yield lambda: triton_scores.column_sums(q[:, :, None].repeat(1, 1, 64, 1), cache, 0, 64, lse[..., None].repeat(1, 1, 64), 1.0)
+    for bits in (2, 4, 8):
+        yield lambda bits=bits: quantised(bits)
+
+
 def main(folder: Path | None) -> None:
     for dtype, dim, group, page, knobs in [
         (torch.bfloat16, 128, 4, 16, {}),
@@ -99,6 +122,7 @@ def main(folder: Path | None) -> None:
             lambda: triton_summaries.row_scores(each, bounds, units, rows),
             lambda: triton_summaries.weigh_rows(masses, means),
             lambda: triton_summaries.token_scores(q, cache, 0, 1.0, 4096),
+            *(() if knobs else peers(q, cache, ring)),
         ):
             compiled.clear()
             call()

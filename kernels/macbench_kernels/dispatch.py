@@ -22,7 +22,7 @@ class Kernels:
     ``extend_bounds``, ``row_scores``, ``weigh_rows``, ``token_scores``: bounds of key channels, scores and weighted sums of such summaries,
     and scores of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
-    ``column_sums``: attention that tokens get from prompt queries. ``probabilities``: of selected tokens in a step.
+    ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
     ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
     capture its calls.
     """
@@ -41,7 +41,7 @@ class Kernels:
     attend_quantised: Callable
     quantise_rows: Callable
     column_sums: Callable
-    probabilities: Callable
+    least_attended: Callable
     plan: Callable | None = None
     captures: bool = True
 
@@ -71,7 +71,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             attend_quantised=quantised.attend_quantised,
             quantise_rows=quantised.quantise_rows,
             column_sums=scores.column_sums,
-            probabilities=scores.probabilities,
+            least_attended=scores.least_attended,
             captures=False,
         )
     if backend == "flashinfer":
@@ -111,5 +111,5 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         attend_quantised=triton_quantised.attend_quantised,
         quantise_rows=triton_quantised.quantise_rows,
         column_sums=triton_scores.column_sums,
-        probabilities=triton_scores.probabilities,
+        least_attended=triton_scores.least_attended,
     )

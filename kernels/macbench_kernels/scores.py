@@ -1,4 +1,4 @@
-"""Attention probabilities themselves, which evicting methods rank tokens by: recomputed from keys and lse, never kept from an attention call."""
+"""Attention probabilities themselves, which evicting methods rank tokens by."""
 
 import torch
 
@@ -34,22 +34,25 @@ def column_sums(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, ls
     return sums
 
 
-def probabilities(
-    q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The softmax probability of every selected token: exp(q . k * scale - lse).
+def least_attended(
+    scores: torch.Tensor, lse: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, newest: int,
+    place: torch.Tensor, total: torch.Tensor | None = None, shared: bool = False,
+) -> None:  # fmt: skip
+    """Which token of every KV head's set got least attention: its place goes to ``place`` int64 [B, Hkv]. No host synchronisation.
 
-    q: [B, Hq, d] after RoPE. ids: int32 [B, R, n], counts: int32 [B, R], R sets per request as in ``attend_selected``, tokens that are
-    visible. lse: [B, Hq], as ``attend_selected`` returns it. Result: float32 (float64 for float64) [B, Hq, n], 0 from ``counts`` on.
+    Attention is exp(scores - lse), from ``attend_selected``: scores [B, Hq, n], lse [B, Hq], ids int32 [B, Hkv, n], counts int32 [B, Hkv].
+    It is summed over a KV head's group, or with ``shared`` (all KV heads hold the same lists) over all query heads, and added to
+    ``total`` float32 [B, Hkv, n] if given: then the least of the totals is meant.
+    The ``newest`` of the lengths int32 [B] tokens are left out; ties go to the latest token; without a candidate the place is 0.
     """
-    batch, heads, dim = q.shape
-    sets, n = ids.shape[1:]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    listed = torch.arange(n, device=q.device) < counts[..., None]
-    token = torch.where(listed, ids, 0).long()
-    page = cache.block_table.gather(1, (token // cache.page_size).flatten(1)).view_as(token).long()
-    head = torch.arange(sets, device=q.device) * cache.pool.kv_heads // sets
-    k = cache.keys(layer).flatten(1, 2)[head[None, :, None], page * cache.page_size + token % cache.page_size]  # [B, R, n, d]
-    scores = torch.einsum("brgd,brnd->brgn", q.view(batch, sets, -1, dim).to(dtype) * scale, k.to(dtype))
-    scores = scores - lse.view(batch, sets, -1, 1)
-    return scores.exp().masked_fill(~listed[:, :, None], 0).view(batch, heads, n)
+    kv_heads, n = ids.shape[1:]
+    listed = torch.arange(n, device=ids.device) < counts[..., None]
+    received = torch.exp(scores - lse[..., None]).unflatten(1, (kv_heads, -1)).masked_fill(~listed[:, :, None], 0).sum(2)
+    if shared:
+        received = received.sum(1, keepdim=True).expand_as(received)
+    if total is not None:
+        received = total.add_(received)
+    free = listed & (ids < lengths[:, None, None] - newest)
+    received = received.masked_fill(~free, float("inf"))
+    least = free & (received == received.amin(-1, keepdim=True))
+    place.copy_(torch.where(least, ids, -1).argmax(-1))

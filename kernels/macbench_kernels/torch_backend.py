@@ -71,13 +71,17 @@ def attend(q: torch.Tensor, cache: PagedKVCache, layer: int, spans: torch.Tensor
     return result
 
 
-def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1) -> State:
+def attend_selected(
+    q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1,
+    scores: torch.Tensor | None = None,
+) -> State:  # fmt: skip
     """Decode attention of one query per head over selected tokens, which lie anywhere.
 
     q: [B, Hq, d] after RoPE. ids: int32 [B, R, n], counts: int32 [B, R], R sets per request: one per KV head (R = Hkv, its group shares
     the read) or one per query head (R = Hq). Set r is its first ``counts`` ids, distinct and in any order; id i stands for the tokens
     [i * unit, (i + 1) * unit) that are visible, so that ``unit`` = page size selects pages. Other rows are never read.
     Returns out [B, Hq, d] and lse [B, Hq] in at least float32; an empty set has the empty state.
+    ``scores``: float32 [B, Hq, n], for sets of visible tokens (unit 1) gets q . k * scale of every valid id; the rest of it stays as it is.
     """
     batch, heads, dim = q.shape
     sets = ids.shape[1]
@@ -95,6 +99,8 @@ def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch
             g, here = r * cache.pool.kv_heads // sets, slice(r * heads // sets, (r + 1) * heads // sets)
             state = _rectangle(q[b, here][None], k[g, slots][None], v[g, slots][None], scale)
             result.out[b, here], result.lse[b, here] = state.out[0], state.lse[0]
+            if scores is not None:
+                scores[b, here, :amount] = ((q[b, here] * scale) @ k[g, slots].mT).to(scores.dtype)
     return result
 
 

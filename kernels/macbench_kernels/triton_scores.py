@@ -1,19 +1,11 @@
-"""Attention probabilities in Triton: sums over prompt queries, and those of selected tokens in a decode step. Keys are rows, queries columns."""
+"""Attention probabilities in Triton: sums over prompt queries (keys are rows, queries columns), and the least of a decode step."""
 
 import torch
 import triton
 import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
-from macbench_kernels.triton_common import LOG2E, check, check_heads, launchable, on_device
-
-
-@triton.jit
-def _keys(k_ptr, table_ptr, token, wanted, dim: tl.constexpr, page: tl.constexpr, DIM: tl.constexpr):
-    """[BLOCK, DIM] of one KV head of one request."""
-    page_id = tl.load(table_ptr + token // page, mask=wanted, other=0).to(tl.int64)
-    channel = tl.arange(0, DIM)[None, :]
-    return tl.load(k_ptr + ((page_id * page + token % page) * dim)[:, None] + channel, mask=wanted[:, None] & (channel < dim), other=0.0)
+from macbench_kernels.triton_common import LOG2E, check_heads, launchable, on_device
 
 
 @triton.jit
@@ -25,7 +17,9 @@ def _column_sums(
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1)
     key = start + tl.arange(0, BLOCK)
     base = (head // group) * head_stride.to(tl.int64)
-    k = _keys(k_ptr + base, table_ptr, key, key < first + n, dim, page, DIM)
+    page_id = tl.load(table_ptr + key // page, mask=key < first + n, other=0).to(tl.int64)
+    channel = tl.arange(0, DIM)[None, :]
+    k = tl.load(k_ptr + base + ((page_id * page + key % page) * dim)[:, None] + channel, mask=(key < first + n)[:, None] & (channel < dim), other=0.0)
     channel = tl.arange(0, DIM)[:, None]
     row = head.to(tl.int64) * n
     sums = tl.zeros([BLOCK], tl.float32)
@@ -57,47 +51,49 @@ def column_sums(q: torch.Tensor, cache: PagedKVCache, layer: int, first: int, ls
 
 
 @triton.jit
-def _probabilities(
-    q_ptr, k_ptr, table_ptr, ids_ptr, counts_ptr, lse_ptr, out_ptr, scale, width, table_stride, head_stride,
-    heads: tl.constexpr, sets: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
-    COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+def _least_attended(
+    scores_ptr, lse_ptr, ids_ptr, counts_ptr, lengths_ptr, place_ptr, total_ptr, width, newest,
+    heads: tl.constexpr, sets: tl.constexpr, SHARED: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of places of one set. ids [B * R, width], out [B * Hq, width]."""
-    item = tl.program_id(1)
-    columns: tl.constexpr = heads // sets
-    request, one = item // sets, item % sets
-    count = tl.load(counts_ptr + item)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    listed = place < count
-    column, channel = tl.arange(0, COLUMNS), tl.arange(0, DIM)[:, None]
-    head = request * heads + one * columns + column
-    real = (column < columns)[None, :]
-    p = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    if tl.program_id(0) * BLOCK < count:
-        token = tl.load(ids_ptr + item.to(tl.int64) * width + place, mask=listed, other=0)
-        base = (one * kv_heads // sets) * head_stride.to(tl.int64)
-        k = _keys(k_ptr + base, table_ptr + request * table_stride, token, listed, dim, page, DIM)
-        q = tl.load(q_ptr + head[None, :] * dim + channel, mask=real & (channel < dim), other=0.0)
-        lse = tl.load(lse_ptr + head, mask=column < columns, other=0.0) * LOG2E
-        p = tl.where(listed[:, None], tl.exp2(tl.dot(k, q, input_precision="ieee") * scale - lse[None, :]), 0.0)
-    tl.store(out_ptr + head.to(tl.int64)[None, :] * width + place[:, None], p, mask=real & (place < width)[:, None])
+    """One program: one set. scores [B * Hq, width], ids and total [B * Hkv, width]."""
+    item = tl.program_id(0)
+    request = item // sets
+    columns: tl.constexpr = heads if SHARED else heads // sets
+    first = request * heads + (0 if SHARED else item % sets * columns)
+    count, youngest = tl.load(counts_ptr + item), tl.load(lengths_ptr + request) - newest
+    row = item.to(tl.int64) * width
+    base = first.to(tl.int64) * width
+    least, latest, where = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32), tl.full([], 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        listed = place < count
+        received = tl.zeros([BLOCK], tl.float32)
+        for head in range(columns):
+            score = tl.load(scores_ptr + base + head * width + place, mask=listed, other=float("-inf"))
+            received += tl.exp2((score - tl.load(lse_ptr + first + head)) * LOG2E)
+        if TOTAL:
+            received += tl.load(total_ptr + row + place, mask=listed, other=0.0)
+            tl.store(total_ptr + row + place, received, mask=listed)
+        token = tl.load(ids_ptr + row + place, mask=listed, other=0)
+        free = listed & (token < youngest)
+        low = tl.min(tl.where(free, received, float("inf")), 0)
+        tied = free & (received == low)
+        last = tl.max(tl.where(tied, token, -1), 0)
+        at = tl.max(tl.where(tied & (token == last), place, 0), 0)
+        better = (low < least) | ((low == least) & (last > latest))
+        least, latest, where = tl.where(better, low, least), tl.where(better, last, latest), tl.where(better, at, where)
+    tl.store(place_ptr + item, where.to(tl.int64))
 
 
-def probabilities(
-    q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See scores.probabilities; float32 [B, Hq, n]. No host synchronisation."""
-    keys = cache.keys(layer)
-    check(q, cache, layer)
-    batch, heads, dim = q.shape
-    sets, width = ids.shape[1:]
-    out = torch.empty(batch, heads, width, dtype=torch.float32, device=q.device)
-    block = 64 if q.element_size() == 2 else 16
-    with on_device(q):
-        _probabilities[(triton.cdiv(width, block), batch * sets)](
-            q.contiguous(), keys, cache.block_table, ids.contiguous(), counts.contiguous(), lse.float().contiguous(), out, scale * LOG2E.value,
-            width, cache.block_table.stride(0), keys.stride(0),
-            heads=heads, sets=sets, kv_heads=keys.shape[0], dim=dim, page=keys.shape[2],
-            COLUMNS=max(16, triton.next_power_of_2(heads // sets)), DIM=triton.next_power_of_2(dim), BLOCK=block, num_warps=4,
+def least_attended(
+    scores: torch.Tensor, lse: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, newest: int,
+    place: torch.Tensor, total: torch.Tensor | None = None, shared: bool = False,
+) -> None:  # fmt: skip
+    """See scores.least_attended; all tensors contiguous. No host synchronisation."""
+    batch, sets, width = ids.shape
+    with on_device(scores):
+        _least_attended[(batch * sets,)](
+            scores, lse, ids, counts, lengths, place, scores if total is None else total, width, newest,
+            heads=scores.shape[1], sets=sets, SHARED=shared, TOTAL=total is not None,
+            BLOCK=min(2048, triton.next_power_of_2(width)), num_warps=8,
         )  # fmt: skip
-    return out

@@ -13,7 +13,7 @@ from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.dispatch import UnsupportedError
 from macbench_kernels.state import State
 from macbench_kernels.triton_attend import _merge_pieces, _place, merging
-from macbench_kernels.triton_common import LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
+from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, on_device, processors
 
 # Sets whose tile counts a program sums up together.
 _PROLOGUE_SETS = 1024
@@ -26,8 +26,9 @@ def _tiles(item, items, counts_ptr, unit: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_loop(
-    q, k_ptr, v_ptr, table_ptr, ids_ptr, begin, end, length, scale,
+    q, k_ptr, v_ptr, table_ptr, ids_ptr, scores, real, begin, end, length, scale,
     dim: tl.constexpr, page: tl.constexpr, unit: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
     """Softmax sums over the places [begin, end) of one set: top [c], total [c], acc [DIM, c]. Transposed like triton_attend._tile_loop."""
     channel = tl.arange(0, DIM)[None, :]
@@ -47,6 +48,8 @@ def _gather_loop(
         k = tl.load(k_ptr + offset, mask=inside, other=0.0)
         score = tl.dot(k, q, input_precision="ieee") * scale
         score = tl.where(seen[:, None], score, float("-inf"))
+        if SCORES:
+            tl.store(scores[None, :] + place[:, None], score * LN2, mask=listed[:, None] & real[None, :])
         new_top = tl.maximum(top, tl.max(score, 0))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(score - pivot[None, :])
@@ -60,13 +63,16 @@ def _gather_loop(
 
 @triton.jit
 def _attend_sets(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, ids_ptr, counts_ptr, part_ptr, part_lse_ptr, before_ptr, scale,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, ids_ptr, counts_ptr, part_ptr, part_lse_ptr, before_ptr, scores_ptr, scale,
     items, width, table_stride, head_stride,
     heads: tl.constexpr, sets: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, page: tl.constexpr, unit: tl.constexpr,
     COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one share of all tiles. ids [items, width]; before [items + 1]; part [pieces, heads / sets, dim], see triton_attend."""
+    """One program: one share of all tiles. ids [items, width]; before [items + 1]; part [pieces, heads / sets, dim], see triton_attend.
+
+    SCORES: scaled scores of all places are left in scores [B * Hq, width].
+    """
     follow(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, CHUNK)
@@ -105,8 +111,9 @@ def _attend_sets(
                 base = (one * kv_heads // sets) * head_stride.to(tl.int64)
                 top, total_weight, acc = _gather_loop(
                     q, k_ptr + base, v_ptr + base, table_ptr + request * table_stride, ids_ptr + item * width,
+                    scores_ptr + (request * heads + head).to(tl.int64) * width, real,
                     first_place, end_place, tl.load(lengths_ptr + request), scale,
-                    dim=dim, page=page, unit=unit, COLUMNS=COLUMNS, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES,
+                    dim=dim, page=page, unit=unit, COLUMNS=COLUMNS, DIM=DIM, BLOCK=BLOCK, STAGES=STAGES, SCORES=SCORES,
                 )  # fmt: skip
                 norm, lse = finish(top, total_weight)
                 target = (program + item) * columns + column
@@ -123,7 +130,10 @@ def _tuning(dim: int, itemsize: int) -> dict:
     return {"block": 64, "stages": 5 if dim <= 128 else 3, "warps": 4, "occupancy": 2 if dim <= 128 else 1}
 
 
-def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1) -> State:
+def attend_selected(
+    q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch.Tensor, counts: torch.Tensor, scale: float, unit: int = 1,
+    scores: torch.Tensor | None = None,
+) -> State:  # fmt: skip
     """See torch_backend.attend_selected: ids int32 [B, R, n], counts int32 [B, R] -> out float32 [B, Hq, d], lse [B, Hq]. No host synchronisation."""
     k, v = cache.keys(layer), cache.values(layer)
     check(q, cache, layer)
@@ -153,11 +163,13 @@ def attend_selected(q: torch.Tensor, cache: PagedKVCache, layer: int, ids: torch
     slices, tile = merging(dim, batch * heads)
     with on_device(q):
         _attend_sets[(programs,)](
-            q, k, v, cache.block_table, cache.lengths, ids, counts, part, part_lse, before, scale * LOG2E.value,
+            q, k, v, cache.block_table, cache.lengths, ids, counts, part, part_lse, before,
+            part if scores is None else scores, scale * LOG2E.value,
             items, width, cache.block_table.stride(0), k.stride(0),
             heads=heads, sets=sets, kv_heads=kv_heads, dim=dim, page=page, unit=unit,
             COLUMNS=max(16, triton.next_power_of_2(columns)), DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"],
-            CHUNK=chunk, CHUNKS=triton.cdiv(items, chunk), STAGES=knobs["stages"], EARLY=early, num_warps=knobs["warps"], **launch_options(early),
+            CHUNK=chunk, CHUNKS=triton.cdiv(items, chunk), STAGES=knobs["stages"],
+            EARLY=early, SCORES=scores is not None, num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
         _merge_pieces[(batch * heads, slices, 1)](
             part, part_lse, before, out, lse, batch * heads, items, programs,

@@ -26,7 +26,7 @@ class H2O(Method):
     group is ours. There is no other mode: the public simulation of short tasks ranks by attention from the future.
 
     Counted per layer and KV head, with n = min(L, H + R + 1): n rows, read compactly without an index, and as state 8 n bytes, float32 scores
-    read and written. The probabilities come from a second pass over the keys that were just read, which is no further access.
+    read and written.
     rho_bytes = (H + R + 1) (4 d + 8) / (4 d L); floor: three rows (H = R = 1).
     """
 
@@ -56,7 +56,9 @@ class H2O(Method):
         super().begin(shape, kernels, ledger)
         room = self.heavy + self.recent + 1
         self.survivors = Survivors(self, shape.kv_heads, room)
-        self.scores = self.buffer("scores", shape.layers, shape.batch, shape.kv_heads, room, dtype=torch.float32)
+        precise = torch.promote_types(shape.dtype, torch.float32)
+        self.received = self.buffer("received", shape.layers, shape.batch, shape.kv_heads, room, dtype=precise)  # a, at the places of the lists
+        self._scores = self.buffer("scores", shape.batch, shape.q_heads, room, dtype=precise)
 
     def after_prefill(self, layer, request, queries, cache):
         prompt, sums = cache.host_lengths[request], queries.column_sums
@@ -64,18 +66,16 @@ class H2O(Method):
         if prompt > self.heavy + self.recent:
             left = kept(sums, self.heavy + self.recent, self.recent)
         self.survivors.keep(layer, request, left, prompt)
-        self.scores[layer, request, :, : left.shape[1]] = sums.gather(1, left)
+        self.received[layer, request, :, : left.shape[1]] = sums.gather(1, left)
 
     def attend(self, layer, q_pre, q, cache):
-        left, shape = self.survivors, self.shape
+        left = self.survivors
         if layer == 0:  # for all layers
             left.grow(cache.lengths)
-            self.scores.scatter_(-1, left.slot[..., None], 0)
-        ids, counts, scores = left.ids[layer], left.counts[layer], self.scores[layer]
+            self.received.scatter_(-1, left.slot[..., None], 0)
+        ids, counts = left.ids[layer], left.counts[layer]
         self.ledger.selected(layer, ids, counts, 1, cache.lengths, indexed=False, rows=left.rows[layer])
         self.ledger.add(layer, "state", 8, counts)
-        state = self.kernels.attend_selected(q, cache, layer, ids, counts, shape.scale)
-        received = self.kernels.probabilities(q, cache, layer, ids, counts, state.lse, shape.scale)
-        scores += received.unflatten(1, (shape.kv_heads, -1)).sum(2)
-        left.evict(layer, scores, cache.lengths, self.recent)
+        state = self.kernels.attend_selected(q, cache, layer, ids, counts, self.shape.scale, scores=self._scores)
+        self.kernels.least_attended(self._scores, state.lse, ids, counts, cache.lengths, self.recent, left.freed[layer], self.received[layer])
         return state.out.to(q.dtype)

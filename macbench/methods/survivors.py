@@ -11,8 +11,8 @@ from macbench_kernels import top
 class Survivors:
     """ids int32 [layers, B, R, room], of which the first counts int32 [layers, B, R] are valid; R = Hkv, or Hq if every query head has its own.
 
-    A request holds ``kept`` of its prompt's tokens and every later one, until ``room`` are held: from then on ``evict`` frees a place in
-    every step, which the next token takes. All memory comes from the method's buffers; ``grow`` and ``evict`` do not synchronise.
+    A request holds what was kept of its prompt and every later token, until ``room`` are held: from then on the next token takes the place
+    that the method has named in ``freed`` int64 [layers, B, R]. All memory comes from the method's buffers; ``grow`` does not synchronise.
     """
 
     def __init__(self, method, sets: int, room: int):
@@ -22,11 +22,10 @@ class Survivors:
         self.slot = method.buffer("slot", *lists, dtype=torch.int64)  # where the newest token is
         self.counts = method.buffer("counts", *lists, dtype=torch.int32)
         self.rows = method.buffer("rows", shape.layers, shape.batch, shape.kv_heads, dtype=torch.int32)  # union of a group's sets
-        self._freed = method.buffer("freed", *lists, dtype=torch.int64)
+        self.freed = method.buffer("freed", *lists, dtype=torch.int64)  # the place that the next token takes, once there is no other
         # To be added to a request's length.
         self._offset = method.buffer("offset", shape.layers, shape.batch, 1, dtype=torch.int32)
         self._rows_offset = method.buffer("rows offset", shape.layers, shape.batch, shape.kv_heads, dtype=torch.int32)
-        self._place = torch.arange(room, device=shape.device)
         self._room = room
 
     def keep(self, layer: int, request: int, kept: torch.Tensor, prompt: int) -> None:
@@ -46,16 +45,8 @@ class Survivors:
         self.rows.copy_((lengths + self._rows_offset).clamp(min=0))
         if self.rows.shape == self.counts.shape:
             torch.minimum(self.rows, self.counts, out=self.rows)
-        self.slot.copy_(torch.where(wanted > self._room, self._freed, self.counts.long() - 1).clamp(min=0))
+        self.slot.copy_(torch.where(wanted > self._room, self.freed, self.counts.long() - 1).clamp(min=0))
         self.ids.scatter_(-1, self.slot[..., None], (lengths - 1).expand_as(self.counts)[..., None])
-
-    def evict(self, layer: int, weights: torch.Tensor, lengths: torch.Tensor, newest: int) -> None:
-        """Free the place with the least of ``weights`` [B, R, room], ties to the latest token; the ``newest`` tokens are safe. For full lists."""
-        ids = self.ids[layer]
-        free = (self._place < self.counts[layer][..., None]) & (ids < lengths[:, None, None] - newest)
-        weights = weights.masked_fill(~free, float("inf"))
-        least = free & (weights == weights.amin(-1, keepdim=True))
-        self._freed[layer].copy_(torch.where(least, ids, -1).argmax(-1))
 
 
 def best(scores: torch.Tensor, keep: int) -> torch.Tensor:

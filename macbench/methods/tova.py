@@ -23,8 +23,8 @@ class TOVA(Method):
     heads of the layer, so that all KV heads keep the same tokens. ``mode`` harness: gqa mean, and the newest token is not evicted.
     faithful: layer_shared, and it may be.
 
-    Counted per layer and KV head: c + 1 rows (all, while there are fewer), read compactly without an index. The probabilities come from a second
-    pass over the keys that were just read, which is no further access. rho_bytes = (c + 1) / L; floor: two rows, 2 / L.
+    Counted per layer and KV head: c + 1 rows (all, while there are fewer), read compactly without an index. rho_bytes = (c + 1) / L;
+    floor: two rows.
     """
 
     capacity: int = 1024
@@ -54,7 +54,10 @@ class TOVA(Method):
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
-        self.survivors = Survivors(self, shape.kv_heads, self.capacity + 1)
+        room = self.capacity + 1
+        self.survivors = Survivors(self, shape.kv_heads, room)
+        self._scores = self.buffer("scores", shape.batch, shape.q_heads, room, dtype=torch.promote_types(shape.dtype, torch.float32))
+        self._shared = self.gqa == "layer_shared" or (self.gqa is None and self.mode == "faithful")
 
     def after_prefill(self, layer, request, queries, cache):
         prompt, queries = cache.host_lengths[request], queries.last(1)
@@ -63,14 +66,9 @@ class TOVA(Method):
             return
         args = (queries.q, cache, layer, queries.first)
         lse = self.kernels.causal(*args, self.shape.scale, request=request).lse
-        weights = self._weights(self.kernels.column_sums(*args, lse, self.shape.scale, request=request)[None])[0]
+        received = self.kernels.column_sums(*args, lse, self.shape.scale, request=request)
+        weights = received.unflatten(0, (1 if self._shared else self.shape.kv_heads, -1)).mean(1)
         self.survivors.keep(layer, request, kept(weights, self.capacity, self._protected), prompt)
-
-    def _weights(self, probabilities):
-        """[B, Hq, n] -> [B, Hkv, n]."""
-        heads = probabilities.unflatten(1, (self.shape.kv_heads, -1)).mean(2)
-        shared = self.gqa == "layer_shared" or (self.gqa is None and self.mode == "faithful")
-        return heads.mean(1, keepdim=True).expand_as(heads) if shared else heads
 
     def attend(self, layer, q_pre, q, cache):
         left, scale = self.survivors, self.shape.scale
@@ -78,9 +76,8 @@ class TOVA(Method):
             left.grow(cache.lengths)
         ids, counts = left.ids[layer], left.counts[layer]
         self.ledger.selected(layer, ids, counts, 1, cache.lengths, indexed=False, rows=left.rows[layer])
-        state = self.kernels.attend_selected(q, cache, layer, ids, counts, scale)
-        weights = self._weights(self.kernels.probabilities(q, cache, layer, ids, counts, state.lse, scale))
-        left.evict(layer, weights, cache.lengths, self._protected)
+        state = self.kernels.attend_selected(q, cache, layer, ids, counts, scale, scores=self._scores)
+        self.kernels.least_attended(self._scores, state.lse, ids, counts, cache.lengths, self._protected, left.freed[layer], shared=self._shared)
         return state.out.to(q.dtype)
 
 

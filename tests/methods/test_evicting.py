@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from macbench_kernels import kernels
+from macbench_kernels import State, kernels
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
@@ -91,19 +91,18 @@ def test_golden_tova():
 
 
 class Told:
-    """Kernels that return the probabilities they are told, for the tokens in the order of the list."""
+    """Kernels whose attention has the probabilities they are told."""
 
     def __init__(self, weights):
         self.weights, self.seen = weights, None
 
-    def attend_selected(self, q, cache, layer, ids, counts, scale):
+    def attend_selected(self, q, cache, layer, ids, counts, scale, scores):
         self.seen = ids[0, 0, : int(counts[0, 0])].tolist()
-        return type("State", (), {"out": q, "lse": None})
+        scores[0, 0, : len(self.seen)] = torch.tensor([self.weights[token] for token in self.seen]).log()
+        return State(q, torch.zeros(1, 1))
 
-    def probabilities(self, q, cache, layer, ids, counts, lse, scale):
-        row = torch.zeros(ids.shape[-1])
-        row[: len(self.seen)] = torch.tensor([self.weights[token] for token in self.seen])
-        return row[None, None]
+    def __getattr__(self, name):
+        return getattr(kernels("torch"), name)
 
 
 def test_golden_h2o():
@@ -130,8 +129,8 @@ def test_golden_h2o():
         ledger.end_step()
         assert sorted(method.kernels.seen) == sorted(weights)
         for token, score in scores.items():
-            assert method.scores[0, 0, 0, method.kernels.seen.index(token)].item() == pytest.approx(score)
-        assert method.kernels.seen[int(method.survivors._freed[0, 0, 0])] == evicted
+            assert method.received[0, 0, 0, method.kernels.seen.index(token)].item() == pytest.approx(score)
+        assert method.kernels.seen[int(method.survivors.freed[0, 0, 0])] == evicted
     counts = ledger.counts()
     assert (counts["tokens_phys"] == 5).all() and (counts["bytes_state"] == 8 * 5).all() and not counts["bytes_idx"].any()
 
@@ -139,11 +138,11 @@ def test_golden_h2o():
 class Nothing:
     """Kernels that compute nothing, so that counts at any length cost little."""
 
-    def attend_selected(self, q, *args):
-        return type("State", (), {"out": q, "lse": None})
+    def attend_selected(self, q, *args, **options):
+        return State(q, q[..., 0])
 
-    def probabilities(self, q, cache, layer, ids, *args):
-        return torch.zeros(1, q.shape[1], ids.shape[-1])
+    def least_attended(self, *args, **options):
+        pass
 
 
 GOLDEN_BYTES = [

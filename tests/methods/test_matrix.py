@@ -189,21 +189,6 @@ def spoil_quest(m, recorder, batch):
     return pairs
 
 
-def spoil_multipole(m, recorder, batch):
-    """Centroids that do not exist or whose request is dense; value centroids of near clusters as well, known by their tokens."""
-    pairs = []
-    index = torch.arange(m.counts[0].shape[-1])
-    for layer, (ids, counts) in enumerate(recorder.sets):
-        unread = ~((index < m._scored.cpu()[:, None])[:, None].expand(m.counts[0].shape))
-        near = unread.clone()
-        for b, g in [(b, g) for b in range(ids.shape[0]) for g in range(ids.shape[1])]:
-            tokens = set(ids[b, g, : counts[b, g]].tolist())
-            for i in range(int(m.clusters[b])):
-                near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
-        pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
-    return pairs
-
-
 def spoil_survivors(m, recorder, batch):
     """Ids of places that hold no token."""
     left = m.survivors
@@ -218,7 +203,23 @@ def spoil_codes(m, recorder, batch):
         recorder.k[:, b, :, stops[0] : length] = True
         recorder.v[:, b, :, max(0, stops[1] - 1) : length] = True
         for codes in (side for layer in m.codes for side in layer):
-            pairs += [(x[b], torch.arange(x.shape[2])[:, None] * codes.scheme.tokens >= length) for x in (codes.scale, codes.zero) if x is not None]
+            unused = torch.arange(codes.scale.shape[2], device=codes.scale.device)[:, None] * codes.scheme.tokens >= length
+            pairs += [(x[b], unused) for x in (codes.scale, codes.zero) if x is not None]
+    return pairs
+
+
+def spoil_multipole(m, recorder, batch):
+    """Centroids that do not exist or whose request is dense; value centroids of near clusters as well, known by their tokens."""
+    pairs = []
+    index = torch.arange(m.counts[0].shape[-1])
+    for layer, (ids, counts) in enumerate(recorder.sets):
+        unread = ~((index < m._scored.cpu()[:, None])[:, None].expand(m.counts[0].shape))
+        near = unread.clone()
+        for b, g in [(b, g) for b in range(ids.shape[0]) for g in range(ids.shape[1])]:
+            tokens = set(ids[b, g, : counts[b, g]].tolist())
+            for i in range(int(m.clusters[b])):
+                near[b, g, i] |= int(m.members[layer][b, g, m.starts[layer][b, g, i]]) in tokens
+        pairs += [(m.centroids[layer], unread[:, :, None].to(ids.device)), (m.values[layer], near[..., None].to(ids.device))]
     return pairs
 
 
@@ -491,9 +492,9 @@ def test_the_kernels_get_the_sets_that_are_reported(case):
     got = []
     layer = kernels("torch", DEVICE)
 
-    def spy(q, cache, i, ids, counts, *rest):
+    def spy(q, cache, i, ids, counts, *rest, **options):
         got.append((ids, counts))
-        return layer.attend_selected(q, cache, i, ids, counts, *rest)
+        return layer.attend_selected(q, cache, i, ids, counts, *rest, **options)
 
     batch = Batch(case.make(), case.texts(), layer_kernels=replace(layer, attend_selected=spy))
     recorder = batch.method.ledger = Recorder(batch)
@@ -519,15 +520,14 @@ def stub(s) -> Kernels:
     return replace(
         kernels("torch"),
         attend=lambda q, cache, layer, spans, scale: state(spans.shape[0]),
-        attend_selected=lambda *args: state(),
+        attend_selected=lambda *args, **options: state(),
         full=lambda q, cache, layer, scale: torch.zeros_like(q),
         token_scores=lambda q, cache, layer, scale, width: torch.zeros(s.batch, s.q_heads, width),
         row_scores=lambda weights, table, units, rows=None: torch.zeros(*weights.shape[:3], table.shape[-1]),
         extend_bounds=lambda *args: None,
-        weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
-        probabilities=lambda q, cache, layer, ids, *args: torch.zeros(s.batch, s.q_heads, ids.shape[-1]),
+        weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
     )
 
 

@@ -176,6 +176,7 @@ class Engine:
             padding = [0] * (decoder.shape.batch - len(runs))
             decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
             active = [not run.done for run in runs]
+            step = 0
             room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
             decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
             while any(active):
@@ -189,7 +190,8 @@ class Engine:
                     decoder.tokens.copy_(torch.tensor(taken + padding))
                 seconds = perf_counter() - began
                 if watch is not None:
-                    watch(runs[0].steps, decoder.logits)
+                    watch(step, decoder.logits)
+                step += 1
                 for i, run in enumerate(runs):
                     if active[i]:
                         run.seconds.append(seconds)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from macbench_kernels import OutOfPages, UnsupportedError
 
 from macbench.engine import Engine, Generation, Prompt, Request
@@ -93,9 +94,9 @@ def _together(engine: Engine, variant, members: list, rate: Progress) -> list[An
     if len(ready) > 1:
         requests = [call.request(prompt) for call, prompt in ready]
         done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name)))
-        if isinstance(done, Exception):
+        if isinstance(done, torch.OutOfMemoryError):
             engine.release()
-        else:
+        if not isinstance(done, Exception):
             results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
     return [
         prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, lambda call=call, prompt=prompt: call.on(prompt))

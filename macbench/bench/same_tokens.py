@@ -8,7 +8,9 @@ Each way is compared with batch 1, eager. Where a text differs, the gap between 
 import torch
 from omegaconf import OmegaConf
 
-DEFAULTS = OmegaConf.create({"prompts": 16, "new_tokens": 64, "ctx": 4096, "device": "cuda", "batch": 16, "backend": "auto", "gguf": None})
+DEFAULTS = OmegaConf.create(
+    {"methods": ["full", "mac"], "prompts": 16, "new_tokens": 64, "ctx": 4096, "device": "cuda", "batch": 16, "backend": "auto", "gguf": None}
+)
 
 
 def main() -> None:
@@ -32,6 +34,8 @@ def main() -> None:
     ways = {"eager": (1, False), "graph": (1, True), "batch, eager": (config.batch, False), "batch, graph": (config.batch, True)}
     print(f"{len(prompts)} prompts, {config.new_tokens} greedy tokens, ctx {config.ctx}, {next(network.parameters()).dtype}, {config.device}")
     for name, method in {"full": Full(), "mac": MAC()}.items():
+        if name not in config.methods:
+            continue
         want, gaps = [], []
         for way, (size, graph) in ways.items():
             engine = Engine(network, kernels(config.backend, config.device), config.ctx, batch=size, graph=graph)
@@ -51,10 +55,12 @@ def main() -> None:
                 if way == "eager":
                     gaps.append(seen)
             want = want or made
-            first = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None) for x, y in zip(made, want, strict=True)]
+            pairs = [list(zip(x, y, strict=True)) for x, y in zip(made, want, strict=True)]
+            first = [next((i for i, (a, b) in enumerate(pair) if a != b), None) for pair in pairs]
             differing = [(i, at) for i, at in enumerate(first) if at is not None]
             told = ", ".join(f"prompt {i} from token {at} (gap {gaps[i][at - 1]:.3f})" for i, at in differing)
-            print(f"{name:<5} {way:<18} same text: {len(prompts) - len(differing)} of {len(prompts)}{'; ' + told if told else ''}", flush=True)
+            same = f"{len(prompts) - len(differing)} of {len(prompts)}"
+            print(f"{name:<5} {way:<13} same text: {same}{'; ' + told if told else ''}", flush=True)
             del engine
         steps = torch.tensor([gap for seen in gaps for gap in seen])
         print(

@@ -8,6 +8,7 @@ views of joint matrices.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from macbench_kernels import PagedKVCache
@@ -123,11 +124,15 @@ class Fused:
 
         weights = [(w, w is layer.gate_up) for layer in self.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down) if w is not None]
         for weight, gated in [*weights, (self.network.get_output_embeddings().weight, False)]:
-            x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            x = self._inputs(rows, weight.shape[1])
             if rows <= MAX_ROWS:
                 linear(x, weight, gated=gated)
             else:
                 torch.nn.functional.linear(x, weight)
+
+    @lru_cache(maxsize=8)  # noqa: B019  (a model's few widths)
+    def _inputs(self, rows: int, width: int) -> torch.Tensor:
+        return torch.zeros(rows, width, dtype=self.network.dtype, device=self.network.device)
 
 
 def _experts(mlp: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:

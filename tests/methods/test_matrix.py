@@ -460,12 +460,12 @@ def test_without_groups_all_ways_to_share_are_one(case):
 
 
 def test_a_request_can_be_replaced_by_another(case):
-    """State of an earlier request of the same row, or of an earlier generation, leaves no trace."""
+    """State of an earlier request of the same row, or of an earlier generation, leaves no trace (but sums made in any order, on a GPU)."""
     method = case.make()
     Batch(method, case.texts()[::-1])
     used, fresh = Batch(method, case.texts()), Batch(case.make(), case.texts())
     for _ in range(3):
-        torch.testing.assert_close(used.step(), fresh.step(), atol=0, rtol=0)
+        torch.testing.assert_close(used.step(), fresh.step(), atol=0 if DEVICE == "cpu" else 1e-6, rtol=0)
 
 
 def tensors(value) -> list[torch.Tensor]:

@@ -71,7 +71,7 @@ def _error(checks: pd.DataFrame, yes: pd.Series) -> float:
     by = yes.astype(float).groupby([checks.subtask, checks.example_id])
     total, count = by.sum(), by.count()
     n = len(total)
-    if n < 2:
+    if n < 2 or not count.sum():
         return math.nan
     residual = total - total.sum() / count.sum() * count
     return math.sqrt((residual**2).sum() / (n - 1) / n) / count.mean()

@@ -58,9 +58,9 @@ def main() -> None:
             pairs = [list(zip(x, y, strict=True)) for x, y in zip(made, want, strict=True)]
             first = [next((i for i, (a, b) in enumerate(pair) if a != b), None) for pair in pairs]
             differing = [(i, at) for i, at in enumerate(first) if at is not None]
-            told = ", ".join(f"prompt {i} from token {at} (gap {gaps[i][at - 1]:.3f})" for i, at in differing)
+            told = ", ".join(f"{i} from token {at} (gap {gaps[i][at - 1]:.3f})" for i, at in differing)
             same = f"{len(prompts) - len(differing)} of {len(prompts)}"
-            print(f"{name:<5} {way:<13} same text: {same}{'; ' + told if told else ''}", flush=True)
+            print(f"{name:<5} {way:<13} same text: {same}{'; prompt ' + told if told else ''}", flush=True)
             del engine
         steps = torch.tensor([gap for seen in gaps for gap in seen])
         print(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from macbench_kernels import kernels
 
-from macbench.engine import Engine
+from macbench.engine import Engine, Request
 from macbench.methods.full import Full
 from macbench.methods.h2o import H2O
 from macbench.methods.mac import MAC
@@ -48,9 +48,8 @@ def test_full_attention_equals_transformers_generate(subtask, ctx):
     prompt = engine.prefill(ids)
     torch.testing.assert_close(prompt.logits, want.logits[0][0].float(), atol=1e-4, rtol=0)
     seen = []
-    forward = engine._forward
-    engine._forward = lambda *args: seen.append(forward(*args)) or seen[-1]
-    assert engine.decode(prompt, Full(), NEW_TOKENS).tokens == want.sequences[0, len(ids) :].tolist()
+    made = engine.decode_batch([Request(prompt, NEW_TOKENS)], Full(), watch=lambda step, logits: seen.append(logits[0].clone()))[0]
+    assert made.tokens == want.sequences[0, len(ids) :].tolist()
     for ours, theirs in zip(seen, want.logits[1:], strict=True):
         # Rounding of float32 over 30 layers, in units of the largest logit (about 20).
         assert (ours - theirs[0].float()).abs().max() < 1e-5 * theirs.abs().max()

@@ -63,9 +63,8 @@ def main() -> None:
             print(f"{name:<5} {way:<13} same text: {same}{'; prompt ' + told if told else ''}", flush=True)
             del engine
         steps = torch.tensor([gap for seen in gaps for gap in seen])
-        print(
-            f"{name:<5} gap between the two largest logits: median {steps.median():.2f}, below 0.1 at {float((steps < 0.1).float().mean()):.1%} of steps"
-        )
+        near = float((steps < 0.1).float().mean())
+        print(f"{name:<5} gap between the two largest logits: median {steps.median():.2f}, below 0.1 at {near:.1%} of steps")
 
 
 if __name__ == "__main__":

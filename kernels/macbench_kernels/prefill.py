@@ -1,5 +1,7 @@
 """Causal attention of a block of prompt queries over the paged cache, with lse: torch's own flash kernels, merged by state."""
 
+from functools import lru_cache
+
 import torch
 
 from macbench_kernels.cache import PagedKVCache
@@ -47,14 +49,31 @@ def _block(q, k, v, scale: float, is_causal: bool) -> State:
 
 
 def _flash_cuda(q, k, v, scale: float, is_causal: bool) -> State:
-    """The kernel wants as many KV heads as query heads: without a mask a group's queries are stacked instead, so that K and V are not copied."""
+    """FlashAttention's own package where it is installed, which takes groups as they are, else torch's copy of its kernel.
+
+    The latter wants as many KV heads as query heads: without a mask a group's queries are stacked instead, so that K and V are not copied.
+    """
     heads, n, dim = q.shape[1:]
     kv_heads = k.shape[1]
+    packaged = _flash_package()
+    if packaged is not None:
+        out, lse = packaged(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, causal=is_causal, return_attn_probs=True)[:2]
+        return State(out.transpose(1, 2), lse)
     if is_causal and heads != kv_heads:
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     stacked = q if is_causal else q.reshape(1, kv_heads, -1, dim)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(stacked, k, v, 0.0, is_causal, False, scale=scale)[:2]
     return State(out.reshape(1, heads, n, dim), lse.reshape(1, heads, n))
+
+
+@lru_cache
+def _flash_package():
+    """flash_attn_func of the package flash-attn (https://github.com/Dao-AILab/flash-attention), or None."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
 
 
 def _math(q, k, v, scale: float, is_causal: bool) -> State:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from macbench_kernels import kernels
+from macbench_kernels import kernels, prefill
 
 from tests.conftest import DEVICE, exact_state, filled_cache
 
@@ -44,3 +44,22 @@ def test_each_query_sees_exactly_its_keys(device, dtype, length, n, cut, lo):
             want, want_lse = exact_state(q[0, h, i], k[0, h // 3, lo:stop], v[0, h // 3, lo:stop], 0.125)
             torch.testing.assert_close(out[0, h, i].double(), want, atol=tolerance, rtol=tolerance)
             torch.testing.assert_close(lse[0, h, i].double(), want_lse, atol=tolerance, rtol=tolerance)
+
+
+def test_the_flash_attention_package_gets_and_gives_its_own_layout(monkeypatch):
+    """A stand-in with the package's interface ([batch, n, heads, d], lse [batch, heads, n]) in place of it, wherever half precision on a GPU goes."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(1, 2, 70, 16) for _ in range(2))
+    q = torch.randn(1, 6, 30, 16)
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, return_attn_probs):
+        assert return_attn_probs and q.shape[2] == 6 and k.shape[2] == v.shape[2] == 2
+        state = prefill._math(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal)
+        return state.out.transpose(1, 2), state.lse, None
+
+    monkeypatch.setattr(prefill, "_flash_package", lambda: flash_attn_func)
+    for causal, n in ((True, 30), (False, 70)):
+        got = prefill._flash_cuda(q, k[:, :, :n], v[:, :, :n], 0.25, causal)
+        want = prefill._math(q, k[:, :, :n], v[:, :, :n], 0.25, causal)
+        torch.testing.assert_close(got.out, want.out)
+        torch.testing.assert_close(got.lse, want.lse)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from macbench_kernels import Kernels, State, kernels
+from macbench_kernels import Kernels, MacStep, State, kernels
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +20,7 @@ from macbench.methods.full import Full
 from macbench.methods.h2o import H2O
 from macbench.methods.int8 import INT8
 from macbench.methods.kivi import KIVI
+from macbench.methods.mac import MAC
 from macbench.methods.multipole import Multipole, layout
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.pyramidkv import PyramidKV
@@ -517,6 +518,7 @@ def stub(s) -> Kernels:
     def state(*lead):
         return State(torch.zeros(*lead, s.batch, s.q_heads, s.head_dim), torch.zeros(*lead, s.batch, s.q_heads))
 
+    flags, bounds = torch.zeros(s.batch, s.q_heads, dtype=torch.bool), torch.zeros(2, 2, s.batch, s.q_heads, dtype=torch.int32)
     return replace(
         kernels("torch"),
         attend=lambda q, cache, layer, spans, scale: state(spans.shape[0]),
@@ -528,6 +530,7 @@ def stub(s) -> Kernels:
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
         weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
+        mac_step=lambda q_pre, q, *args: MacStep(torch.zeros_like(q), bounds.clone(), flags.clone(), flags.clone(), flags.int()),
     )
 
 
@@ -563,16 +566,14 @@ def test_watch_sees_what_it_should():
             use()
 
 
-def test_a_step_can_be_captured(case, monkeypatch):
-    """Nothing in attend or in the ledger synchronises, and steps of other lengths do exactly the same operations."""
-    if DEVICE == "cuda":
-        return
+def captured_operations(make: Callable[[], Method], prompts: tuple, monkeypatch) -> list[list]:
+    """What three steps of each of two batches do, operation by operation."""
     logs = []
-    longest = max(case.prompts) + 10
-    for prompts in (case.prompts, (20, longest - 9, 3, 50)[: len(case.prompts)]):
-        data = [Text.random(n, longest - n, seed=n) for n in prompts]
+    longest = max(prompts) + 10
+    for lengths in (prompts, (20, longest - 9, 3, 50)[: len(prompts)]):
+        data = [Text.random(n, longest - n, seed=n) for n in lengths]
         shape = Batch(Full(), data).shape
-        batch = Batch(case.make(), data, layer_kernels=stub(shape), max_tokens=longest)
+        batch = Batch(make(), data, layer_kernels=stub(shape), max_tokens=longest)
         batch.step()  # the first step may allocate
         for _ in range(3):
             batch.grow()
@@ -584,7 +585,24 @@ def test_a_step_can_be_captured(case, monkeypatch):
                     batch.method.attend(layer, q_pre, q, batch.cache)
                 batch.ledger.end_step()
             logs.append(watch.log)
+    return logs
+
+
+def test_a_step_can_be_captured(case, monkeypatch):
+    """Nothing in attend or in the ledger synchronises, and steps of other lengths do exactly the same operations."""
+    if DEVICE == "cuda":
+        return
+    logs = captured_operations(case.make, case.prompts, monkeypatch)
     assert all(log == logs[0] for log in logs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sink": 4, "max_chain": 2, "min_context": 40}])
+def test_a_mac_step_can_be_captured(settings, monkeypatch):
+    """MAC's own tests are in test_mac and test_counting; here what surrounds its kernel."""
+    if DEVICE == "cuda":
+        return
+    logs = captured_operations(lambda: MAC(**{"window": 16, "band": 8, "min_context": 0} | settings), PROMPTS, monkeypatch)
+    assert logs[0] and all(log == logs[0] for log in logs)
 
 
 # -- budgets and settings ---------------------------------------------------------------------------------------------

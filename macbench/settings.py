@@ -38,6 +38,8 @@ def check(cfg: DictConfig) -> None:
         name = OmegaConf.select(cfg, f"{group}.name")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"{group}.name", name, f"must be a plain name; {group} is one of {', '.join(cli.options(group))}")
+    if OmegaConf.select(cfg, "model.random") is not None and cfg.task.name not in SYNTHETIC:
+        raise ConfigError("model", cfg.model.name, f"has random weights, which serve task=decode alone, not task={cfg.task.name}")
     for key, low, high in (
         ("limit", 1, MOST_EXAMPLES),
         ("seed", 0, 2**63 - 1),
@@ -57,7 +59,7 @@ def check(cfg: DictConfig) -> None:
         _expect(cfg, "budget", f"null with task={cfg.task.name}, whose reads are synthetic", lambda v: v is None)
     _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
-    _expect(cfg, "backend", "auto, torch or triton", lambda v: isinstance(v, str))
+    _expect(cfg, "backend", "auto, torch, triton or flashinfer", lambda v: isinstance(v, str))
     _expect(cfg, "grid", "parameters with lists of values: grid.tau=[0.3,0.45]", OmegaConf.is_dict)
     _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
     for key in ("path", "gguf", "revision"):

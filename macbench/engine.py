@@ -3,6 +3,7 @@
 The prompt's KV is computed exactly and once; every method decodes on a fork of it that shares its pages.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -213,7 +214,12 @@ class Engine:
 
     def release(self) -> None:
         """Forget all decoders with their buffers and graphs, for instance when memory is short."""
+        for decoder in self._decoders.values():
+            decoder.method.forget()
         self._decoders.clear()
+        gc.collect()  # a decoder and what it attends with know each other
+        if torch.device(self.shape.device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [vocab] of the last token in float32."""

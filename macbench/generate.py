@@ -64,10 +64,10 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
     prompts: dict[int, Prompt | Exception] = {}
     try:
         for e, example in enumerate(examples):
-            fresh = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None]
-            if fresh:
-                keep = max(method.prompt_queries for method in fresh)
-                wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in fresh))
+            if any(answer is None for answer in made[e]):
+                methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or engine.follow]
+                keep = max(method.prompt_queries for method in methods)
+                wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
                 prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
         for i, variant in enumerate(variants):
             group = [e for e in prompts if made[e][i] is None]
@@ -94,9 +94,10 @@ def _together(engine: Engine, variant, members: list, rate: Progress) -> list[An
     if len(ready) > 1:
         requests = [call.request(prompt) for call, prompt in ready]
         done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name)))
-        if isinstance(done, torch.OutOfMemoryError):
-            engine.release()
-        if not isinstance(done, Exception):
+        if isinstance(done, Exception):
+            for call, _ in ready:
+                call.partial.discard()  # what was kept of it belongs to another attempt
+        else:
             results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
     return [
         prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, lambda call=call, prompt=prompt: call.on(prompt))
@@ -176,4 +177,8 @@ def _attempt(engine: Engine, make: Callable):
     except UnsupportedError as error:
         raise ConfigError("backend", engine.kernels.name, str(error)) from error
     except EXAMPLE_ERRORS as error:
-        return error
+        found = error.with_traceback(None)  # whose frames would keep every tensor of the failed call
+        found.__context__ = None
+    if isinstance(found, torch.OutOfMemoryError):
+        engine.release()
+    return found

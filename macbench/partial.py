@@ -52,6 +52,11 @@ class Partial:
         write_whole(self.folder / f"part-{self._parts:05}.npz", lambda file: np.savez_compressed(file, **arrays))
         self._parts, self._tokens, self._steps = self._parts + 1, len(generation.tokens), len(generation.step_seconds)
 
+    def discard(self) -> None:
+        """Forget what was saved: the generation starts anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.earlier, self._parts, self._tokens, self._steps = None, 0, 0, 0
+
     def finish(self, generation: Generation) -> Generation:
         """The whole generation, earlier steps included; kept as well if parts of it are, in case other variants are interrupted."""
         if self._parts:

@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> int:
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
         model = load(cfg.model, device, chat)
-        engine = Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, cfg.batch or 1, cfg.engine.graph)
+        engine = _engine(cfg, model, layer, ctx)
         engine.follow = cfg.follow
         facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -123,6 +123,15 @@ def run_decode(cfg: DictConfig) -> int:
     target = Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
     return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
+
+
+def _engine(cfg: DictConfig, model: LoadedModel, layer, ctx: int) -> Engine:
+    batch = cfg.batch or 1
+    try:
+        return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
+    except (RuntimeError, MemoryError) as error:
+        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
+        raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
 
 
 def _kernels(backend: str, device: str):

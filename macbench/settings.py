@@ -38,6 +38,10 @@ def check(cfg: DictConfig) -> None:
         name = OmegaConf.select(cfg, f"{group}.name")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"{group}.name", name, f"must be a plain name; {group} is one of {', '.join(cli.options(group))}")
+    if cfg.task.name in SYNTHETIC:
+        for key in ("compare", "grid"):
+            if cfg.get(key):
+                raise ConfigError(key, cfg[key], f"must be empty with task={cfg.task.name}, which measures the method beside full attention")
     if OmegaConf.select(cfg, "model.random") is not None and cfg.task.name not in SYNTHETIC:
         raise ConfigError("model", cfg.model.name, f"has random weights, which serve task=decode alone, not task={cfg.task.name}")
     for key, low, high in (

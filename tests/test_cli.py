@@ -129,6 +129,18 @@ def samples(tmp_path) -> pd.DataFrame:
         (["task=attention", "device=cpu", "method.band=-100"], ["method.band=-100"]),
         (["task=attention", "device=cpu", "method.window=0"], ["method.window=0"]),
         (["task=attention", "device=cpu", "backend=flashinfr"], ["backend=flashinfr", "did you mean flashinfer?"]),
+        (["task=attention", "device=tpu"], ["device=tpu", "cuda, cpu"]),
+        *[
+            (["task=attention", "device=cpu", f"task.{key}={value}"], [f"task.{key}={value}".replace(",", ", ")])
+            for key, value in [
+                *[("window", v) for v in ("abc", "64.5", "0", "[]")],
+                *[("scattered", "maybe"), ("head_dim", "100"), ("head_dim", "512"), ("head_dim", "[64,128]"), ("steps", "[4,5]")],
+                *[("heads", "130/2"), ("heads", "[]"), ("hit_rate", "[]"), ("modes", "[]"), ("misses", "[]")],
+            ]
+        ],
+        (["task=attention", "device=cpu", "compare=[quest]"], ["compare="]),
+        (["task=decode", "task.modes=[]"], ["task.modes=[]"]),
+        (["ctx=8k", "batch=2000000", "device=cpu", "task.subtasks=[niah_single_1]"], ["batch=2000000", "lower batch or ctx"]),
         (["task.subtasks=[]"], ["task.subtasks=[]"]),
         (["task.data_path=5"], ["task.data_path=5"]),
     ],
@@ -250,6 +262,28 @@ def test_multirun_makes_one_run_per_combination(macbench, tiny_args, tmp_path):
     code, _, _ = macbench("-m", *tiny_args, "method=full,mac", "limit=1")
     assert code == 0
     assert sorted(samples(tmp_path).method) == ["full", "mac"]
+
+
+def test_latency_of_a_random_model(macbench, tmp_path):
+    tiny = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = [f"model.random.{key}={value}" for key, value in (tiny | {"head_dim": 8}).items()]
+    knobs = [
+        "task.steps=4",
+        "task.hit_rate=[0,1]",
+        "method.window=16",
+        "method.band=8",
+        "method.min_context=0",
+        "ctx=[64,128]",
+        "batch=2",
+        "task.prefill=true",
+    ]
+    code, out, err = macbench("task=decode", "model=random_llama31_8b", "device=cpu", f"runs_dir={tmp_path}/runs", *sizes, *knobs)
+    assert code == 0, err
+    (file,) = (tmp_path / "runs/decode/random_llama31_8b").glob("mac-*.parquet")
+    frame = pd.read_parquet(file)
+    assert frame.random_weights.all() and frame.error.isna().all()
+    assert frame.method.tolist() == ["full", "mac", "mac"] * 2 and frame.ctx.tolist() == [64] * 3 + [128] * 3
+    assert "(random)" in out or "random_llama31_8b" in out
 
 
 def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_path, monkeypatch):

@@ -47,6 +47,24 @@ def test_captured_and_batched_steps_give_the_same(network, name):
                 assert (got.counts[key][:steps] == counts[:steps]).all(), key
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_batches_of_other_sizes_in_between_change_nothing(network, name):
+    """Three requests, one alone, three again, by one engine: a captured step finds its memory where it was."""
+    method = METHODS[name]()
+    engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3)
+    made, where = [], []
+    for group in (PROMPTS[:3], PROMPTS[3:4], PROMPTS[:3], PROMPTS[2:4]):
+        prompts = [engine.prefill(ids, method.prompt_queries) for ids in group]
+        made.append([g.tokens for g in engine.decode_batch([Request(p, 12) for p in prompts], method)])
+        where.append([t.data_ptr() for t in method._buffers.values()])
+        for prompt in prompts:
+            prompt.free()
+    assert made[0] == made[2]
+    assert where[0] == where[2] == where[3]
+    engine.release()
+    assert not engine._decoders and not hasattr(method, "shape")
+
+
 def test_what_is_fed_is_what_is_processed(network):
     """Tokens fed to full attention: the logits of each step are those of one forward pass over prompt and fed tokens."""
     engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4)

@@ -162,6 +162,16 @@ def interrupted(setup, run, monkeypatch, after: int, variants=VARIANTS):
         generate.answers(engine, model, Plain(), variants, [example()], run, lambda stage: (lambda n: None) if stage == "prefill" else step)
 
 
+def test_a_resumed_run_can_follow(setup, tmp_path, monkeypatch):
+    """MAC is resumed, full attention is not: its prompt holds what MAC needs all the same."""
+    engine, _ = setup
+    monkeypatch.setattr(engine, "follow", 4)
+    interrupted(setup, tmp_path, monkeypatch, 20, variants=VARIANTS[::-1])
+    made = answers(setup, tmp_path, variants=VARIANTS[::-1])
+    assert made[0].resumed_at and not made[1].resumed_at
+    assert set(made[0].fidelity) == {"top1_agreement", "kl_mean"} and not made[1].fidelity
+
+
 @pytest.mark.parametrize("after", [20, 38, 39, 60])
 def test_a_generation_goes_on_where_it_was(setup, tmp_path, monkeypatch, after):
     """Full attention continues with the same tokens; every step is counted once, at its position."""

@@ -1,4 +1,4 @@
-"""Every kernel on small shapes, for compute-sanitizer (one GPU):
+"""MAC steps, attention over spans, full attention and the match on small shapes, for compute-sanitizer (one GPU):
 
 compute-sanitizer --tool memcheck  python kernels/benchmarks/sanitize.py
 compute-sanitizer --tool racecheck python kernels/benchmarks/sanitize.py

@@ -12,6 +12,8 @@ from macbench.errors import ConfigError, choose
 
 _LISTS = ("heads", "batch", "hit_rate", "misses", "backends", "modes")
 _OWN = ("band", "tau", "sink", "min_context", "max_chain")
+# What the kernels take.
+_MOST_HEADS_OF_A_GROUP, _WIDEST_HEAD = 64, 256
 _PLAIN = ("max_gap", "head_dim", "page_size", "dtype", "scattered", "steps")
 
 
@@ -21,14 +23,16 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
     ``task`` and ``method``: plain dicts of their YAML. ``contexts``: visible tokens. ``backend``: auto, or the one backend of full attention.
     """
     knobs = {key: _list(task[key]) for key in _LISTS} | {key: task[key] for key in _PLAIN}
-    _check(knobs, method)
+    _check(knobs, method, task["window"])
+    choose("device", device, ("cuda", "cpu"))
     if backend != "auto":
         knobs["backends"] = [choose("backend", backend, FULL_BACKENDS)]
     elif device == "cpu" and "torch" not in knobs["backends"]:
         knobs["backends"].append("torch")  # the others say why they do not run there
-    if device == "cpu":
+    if device == "cpu" and knobs["dtype"] != "float32":
+        print(f"macbench: note: task.dtype={knobs['dtype']} becomes float32 on a CPU", file=sys.stderr)
         knobs["dtype"] = "float32"
-    windows = _list(task["window"]) if task["window"] else [method.get("window", 512)]
+    windows = _list(task["window"]) if task["window"] is not None else [method.get("window", 512)]
     least = max(windows) + method.get("band", 0) + method.get("sink", 0) + 2
     for ctx in contexts:
         if ctx < least:
@@ -54,22 +58,40 @@ def _list(value) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _check(knobs: dict, method: dict) -> None:
+def _check(knobs: dict, method: dict, window) -> None:
     choose("method", method["name"], ("full", "mac"))
+    for key in _LISTS:
+        if not knobs[key]:
+            raise ConfigError(f"task.{key}" if key != "batch" else key, "[]", "must list at least one value")
     for key, allowed in (("misses", ("random", "clustered")), ("modes", ("graph", "eager")), ("backends", FULL_BACKENDS)):
         for value in knobs[key]:
             choose(f"task.{key}", value, allowed)
     choose("task.dtype", knobs["dtype"], ("bfloat16", "float16", "float32"))
     for pair in knobs["heads"]:
         parts = str(pair).split("/")
-        if len(parts) != 2 or not all(p.isdigit() and int(p) for p in parts) or int(parts[0]) % int(parts[1]):
-            raise ConfigError("task.heads", pair, "must be query heads / KV heads, the first a multiple of the second, such as 32/8")
+        good = len(parts) == 2 and all(p.isdigit() and int(p) for p in parts) and int(parts[0]) % int(parts[1]) == 0
+        if not good or int(parts[0]) // int(parts[1]) > _MOST_HEADS_OF_A_GROUP:
+            raise ConfigError(
+                "task.heads",
+                pair,
+                f"must be query heads / KV heads, the first a multiple of the second up to {_MOST_HEADS_OF_A_GROUP} times, such as 32/8",
+            )
     for value in knobs["hit_rate"]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ConfigError("task.hit_rate", value, "must be a number from 0 to 1")
-    least = {"batch": 1, "max_gap": 1, "head_dim": 8, "page_size": 1, "steps": 4}
-    for key, low in least.items():
+    number_list("task.batch", knobs["batch"], 1)
+    for key, low in {"max_gap": 1, "head_dim": 8, "page_size": 1, "steps": 4}.items():
+        if isinstance(knobs[key], list):
+            raise ConfigError(f"task.{key}", knobs[key], f"must be one integer of at least {low}")
         number_list(f"task.{key}", knobs[key], low)
+    if knobs["head_dim"] % 8 or knobs["head_dim"] > _WIDEST_HEAD:
+        raise ConfigError("task.head_dim", knobs["head_dim"], f"must be a multiple of 8 up to {_WIDEST_HEAD}")
+    if not isinstance(knobs["scattered"], bool):
+        raise ConfigError("task.scattered", knobs["scattered"], "must be true or false")
+    if window is not None:
+        if not _list(window):
+            raise ConfigError("task.window", "[]", "must be null or integers of at least 1")
+        number_list("task.window", window, 1)
 
 
 def number_list(key: str, values, least: int) -> None:

@@ -1,6 +1,7 @@
 """Timing of rounds (one call per layer): CUDA-graph replay, eager CUDA, or the host clock on a CPU."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import quantiles
 from time import perf_counter
 
@@ -70,10 +71,12 @@ def _spread(times: list[float]) -> dict:
     return {"time_ms": quantiles(times, n=2, method="inclusive")[0], "time_p10_ms": tenths[0], "time_p90_ms": tenths[-1], "rounds": len(times)}
 
 
+@lru_cache
 def copy_bandwidth(device: str) -> float | None:
-    """Bytes per second, read plus written, of a large device-to-device copy: the measured ceiling. None on a CPU."""
+    """Bytes per second, read plus written, of a large device-to-device copy: the measured ceiling, once per process. None on a CPU."""
     if device != "cuda":
         return None
+    _wake()
     source = torch.empty(2 << 30, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     spread = rounds(lambda: target.copy_(source), lambda i: None, 12, 1, "eager", 2)

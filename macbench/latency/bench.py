@@ -53,7 +53,7 @@ def measure(
     with its knobs, or None for full attention only. ``hit_rate``: numbers (synthetic), or 'real' with real prompts.
     """
     device = str(network.device.type)
-    ceiling = copy_bandwidth(device)
+    ceiling = copy_bandwidth(device)  # one figure per process
     weights = weight_bytes(network)
     rows: list[dict] = []
     facts = {"model": name, "random_weights": random_weights, "copy_bandwidth": ceiling, "weight_bytes": weights}
@@ -132,7 +132,8 @@ def _guard(function: Callable[[], dict]) -> dict:
     except torch.OutOfMemoryError as error:
         return {"error": f"OutOfMemoryError: {_one_line(error)}; lower batch or ctx"}
     except (RuntimeError, NotImplementedError, ValueError, MemoryError) as error:
-        return {"error": f"{type(error).__name__}: {_one_line(error)}"}
+        hint = "; lower batch or ctx" if "alloc" in str(error).lower() or isinstance(error, MemoryError) else ""
+        return {"error": f"{type(error).__name__}: {_one_line(error)}{hint}"}
     finally:
         gc.collect()  # decoders and what they attend with know each other
         if torch.cuda.is_available():
@@ -213,6 +214,8 @@ def _clocked(decoder, count: int) -> list[float]:
 
 
 def _generate(network, ctx: int, size: int, steps: int, seed: int) -> dict:
+    if network.device.type != "cuda" or size > 1:
+        raise NotImplementedError("generate is timed on a CUDA device and at batch 1")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, network.config.vocab_size, (size, ctx), generator=generator).to(network.device)
     torch.cuda.reset_peak_memory_stats()

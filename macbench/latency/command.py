@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from macbench.attention.command import number_list
 from macbench.errors import ConfigError, choose
@@ -29,7 +30,7 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
     mac = MAC(**{k: v for k, v in method.items() if k not in ("_target_", "name")}) if method["name"] == "mac" else None
     name, prompts = model["name"], None
     if model.get("random"):
-        network = random_weights.build(dict(model["random"]), device, dtype, seed)
+        network = random_weights.build(OmegaConf.to_container(model.random, resolve=True), device, dtype, seed)
         most = network.config.max_position_embeddings
     else:
         from macbench.models.weights import load, load_chat, max_context
@@ -63,6 +64,14 @@ def check(task: dict, method: dict, model) -> dict:
     for key, least in (("steps", 4), ("max_gap", 1)):
         number_list(f"task.{key}", knobs[key], least)
     number_list("batch", knobs["batch"], 1)
+    for key, values in (
+        ("task.hit_rate", knobs["hit_rate"]),
+        ("task.modes", knobs["modes"]),
+        ("task.backends", knobs["backends"]),
+        ("batch", knobs["batch"]),
+    ):
+        if not values:
+            raise ConfigError(key, "[]", "must list at least one value")
     for key in ("prefill", "generate"):
         if not isinstance(knobs[key], bool):
             raise ConfigError(f"task.{key}", knobs[key], "must be true or false")

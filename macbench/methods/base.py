@@ -65,9 +65,15 @@ class Method:
 
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""
-        if getattr(self, "shape", None) != shape:
-            self._buffers: dict[str, torch.Tensor] = {}
+        # A decoder for another number of requests may come in between: each keeps the memory that its captured step knows.
+        stores = self.__dict__.setdefault("_stores", {})
+        self._buffers: dict[str, torch.Tensor] = stores.setdefault(shape, {})
         self.shape, self.kernels, self.ledger = shape, kernels, ledger
+
+    def forget(self) -> None:
+        """Give all memory back. Steps that were captured before must not be replayed any more."""
+        for name in set(self.__dict__) - set(self.__dataclass_fields__):
+            del self.__dict__[name]
 
     def buffer(self, name: str, *size: int, dtype: torch.dtype | None = None, fill: float = 0) -> torch.Tensor:
         """A tensor of this size filled with ``fill``: the same memory every time that ``begin`` asks for it under this name.

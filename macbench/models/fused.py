@@ -161,8 +161,11 @@ def _joined(layer: torch.nn.Module) -> _Layer:
 def _join(parts: list[torch.nn.Linear]) -> torch.Tensor:
     """One matrix of the parts' rows; the parts become views of it, so that nothing is held twice."""
     whole = getattr(parts[0], "joined_rows", None)
-    if whole is not None and whole.device == parts[0].weight.device and whole.data_ptr() == parts[0].weight.data_ptr():
-        return whole
+    if whole is not None:
+        views = whole.split([part.weight.shape[0] for part in parts]) if len(whole) == sum(part.weight.shape[0] for part in parts) else ()
+        if all(v.data_ptr() == p.weight.data_ptr() and v.dtype == p.weight.dtype for v, p in zip(views, parts, strict=False)) and views:
+            return whole
+        del parts[0].joined_rows  # the weights have been replaced since
     whole = torch.cat([part.weight.data for part in parts])
     start = 0
     for part in parts:

@@ -165,6 +165,31 @@ def test_wrong_results_and_missing_packages_are_rows(monkeypatch):
     assert all(table.line(row) for row in rows)
 
 
+@pytest.mark.parametrize("spoil", ["out", "sign", "lse", "query"])
+def test_wrong_ring_entries_are_seen(monkeypatch, spoil):
+    """A step with the right output that leaves a wrong entry behind, at a ctx where an entry is small beside the ring."""
+    honest = bench.compose(torch_backend.match, torch_backend.attend)
+
+    def careless(q_pre, q, cache, layer, ring, params, scale):
+        step = honest(q_pre, q, cache, layer, ring, params, scale)
+        row = int(cache.lengths[0] - 1) % ring.capacity
+        if spoil == "out":
+            ring.out[:, :, row] = 0
+        elif spoil == "sign":
+            ring.out[:, :, row] *= -1
+        elif spoil == "lse":
+            ring.lse[:, :, row] += 0.02
+        else:
+            ring.q[:, :, row] = 0
+        return step
+
+    real = bench.kernels("torch", "cpu")
+    monkeypatch.setattr(bench, "kernels", lambda backend, device: type("K", (), {"mac_step": staticmethod(careless), "captures": real.captures}))
+    rates = [0, 1] if spoil != "query" else [1]
+    rows = measure(**SMALL | {"ctx": [2000], "hit_rate": rates, "backends": [], "max_gap": 1})
+    assert all(row["error"] for row in rows), [row["relative_error"] for row in rows]
+
+
 def test_no_gpu_is_one_line_that_offers_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoGPU) as error:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from macbench import cli
 from macbench.errors import ConfigError, choose
@@ -35,7 +37,7 @@ def task_class(run: Path):
     try:
         config = OmegaConf.load(run / "config.yaml")
         found = get_class(config.task._target_)
-    except (OSError, ImportError, AttributeError) as error:
+    except (OSError, ImportError, AttributeError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError("RUN", run, f"is not a run folder ({str(error).splitlines()[0]})") from None
     if not hasattr(found, "checks"):
         raise ConfigError("RUN", run, f"is a run of task {config.task.name}, which needs no judge")
@@ -48,6 +50,9 @@ def judge(argv: list[str]) -> int:
         raise ConfigError("RUN", "", "name a run folder: python -m macbench.judge RUN judge=lexical|llm|api")
     node, device = settings(overrides)
     tasks = [task_class(Path(run)) for run in runs]
+    for run in runs:
+        if not any((Path(run) / "samples").glob("*.parquet")):
+            raise ConfigError("RUN", run, "has no samples to judge")
     prepare(node)
     unjudged = 0
     for run, task in zip(map(Path, runs), tasks, strict=True):

@@ -90,12 +90,13 @@ def test_a_run_is_judged_recorded_and_never_asked_twice(counting, tmp_path, caps
     assert "judged by lexical share=0.75 rule=1, which is not the official judge" in out and "stic_2" in out
     (folder,) = (tmp_path / "judgements").iterdir()
     table = {row["method"]: row for row in json.loads((folder / "summary.json").read_text()) if row["scenario"] == "all"}
-    # full: the first Floor 2 has a small library and no festival, and no café is written with an accent. mac: no Floor 4.
-    assert (table["full"]["yes"], table["full"]["present"], table["full"]["checks"]) == (2, 5, 5)
+    # full: the first Floor 2 has a small library and no festival, and no café is written with an accent; the text that failed counts as empty.
+    # mac: no Floor 4.
+    assert (table["full"]["yes"], table["full"]["present"], table["full"]["checks"]) == (2, 5, 10)
     assert (table["mac"]["yes"], table["mac"]["present"], table["mac"]["checks"]) == (4, 4, 5)
     assert table["mac"]["stic_1"] == 100 and table["mac"]["stic_2"] == 80 and table["mac"]["completion"] == 40
     checks = pd.read_parquet(folder / "checks.parquet")
-    assert len(checks) == 10 and checks.yes.isna().sum() == 1 and not checks.error.notna().any()
+    assert len(checks) == 15 and checks.yes.isna().sum() == 1 + 5 and not checks.error.notna().any()
     assert len(Counting.seen) == len(set(Counting.seen)) == 5 + 4
     before = len(Counting.seen)
     assert judge_run(tmp_path, LongGenBench, frame(), counting, "cpu") == 0
@@ -158,7 +159,7 @@ def test_a_model_judge_that_cannot_be_had_is_one_line(monkeypatch):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers by script: each entry is a status, or a text, or a number of seconds to wait."""
+    """Answers by script: each entry is a status, or a text, or a number of seconds to wait, or a raw reply."""
 
     script: ClassVar[list] = []
     got: ClassVar[list] = []
@@ -170,6 +171,10 @@ class Server(BaseHTTPRequestHandler):
         if isinstance(step, float):
             time.sleep(step)
             step = "late"
+        if isinstance(step, bytes):  # sent as it is, and no more
+            self.wfile.write(step)
+            self.close_connection = True
+            return
         if isinstance(step, int):
             self.send_response(step)
             self.send_header("Retry-After", "0")
@@ -216,9 +221,9 @@ def test_api_sends_the_official_prompt(server, monkeypatch):
 
 
 def test_api_tries_again(server):
-    Server.script[:] = [429, 500, "garbage", "yes"]
-    assert asked(ApiJudge(base_url=server, key_env=None), [question("library")])[0].answer == "yes"
-    assert len(Server.got) == 4
+    Server.script[:] = [429, 500, "garbage", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"nonsense\r\n\r\n", "yes"]
+    assert asked(ApiJudge(base_url=server, key_env=None, tries=6), [question("library")])[0].answer == "yes"
+    assert len(Server.got) == 6
 
 
 def test_api_gives_up_on_one_question_only(server):

@@ -1,10 +1,12 @@
 """A judge behind an OpenAI-compatible HTTP interface: retries, rate limit, several questions at once."""
 
+import http.client
 import json
 import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -46,9 +48,17 @@ class ApiJudge:
                 raise ConfigError(f"judge.{key}", getattr(self, key), "must be an integer of at least 1")
         if not isinstance(self.timeout, int | float) or not self.timeout > 0:
             raise ConfigError("judge.timeout", self.timeout, "must be a number of seconds above 0")
-        if not str(self.base_url).startswith(("http://", "https://")):
+        for key, high in (("temperature", float("inf")), ("top_p", 1.0)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+                raise ConfigError(f"judge.{key}", value, "must be a number of at least 0" + (" and at most 1" if high == 1 else ""))
+        try:
+            good = str(self.base_url).startswith(("http://", "https://")) and urllib.parse.urlsplit(str(self.base_url)).port != 0
+        except ValueError:  # a port that is none
+            good = False
+        if not good:
             raise ConfigError("judge.base_url", self.base_url, "must be an http or https address, such as http://localhost:8000/v1")
-        self._lock, self._next = threading.Lock(), 0.0
+        self._lock, self._next, self._over = threading.Lock(), 0.0, threading.Event()
 
     def prepare(self) -> None:
         if self.key_env is not None and not os.environ.get(self.key_env):
@@ -60,21 +70,25 @@ class ApiJudge:
 
     def ask(self, questions, device, settled):
         self.prepare()
+        self._over.clear()
         pool = ThreadPoolExecutor(self.parallel)
         try:
             waiting = {pool.submit(self._answer, question.prompt): index for index, question in enumerate(questions)}
             for done in tqdm(as_completed(waiting), total=len(waiting), unit="question", desc="judge", dynamic_ncols=True):
                 yield waiting[done], done.result()
         finally:
+            self._over.set()  # nobody waits for further tries
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, prompt: str) -> Verdict:
         error, pause = "", _BACKOFF
         for attempt in range(self.tries):
             if attempt:
-                time.sleep(min(pause, _LONGEST))
+                self._over.wait(min(pause, _LONGEST))
                 pause *= 2
             self._wait_for_turn()
+            if self._over.is_set():
+                return Verdict(None, "interrupted")
             try:
                 return Verdict(self._request(prompt))
             except urllib.error.HTTPError as failure:
@@ -84,7 +98,7 @@ class ApiJudge:
                 pause = max(pause, _seconds(failure.headers.get("Retry-After")))
             except TimeoutError:
                 error = f"no answer in {self.timeout:g} s"
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as failure:
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as failure:
                 error = f"{type(failure).__name__}: {getattr(failure, 'reason', None) or failure}"
         return Verdict(None, f"{error}, {self.tries} tries")
 
@@ -112,7 +126,7 @@ class ApiJudge:
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + 60 / self.per_minute
-        time.sleep(max(0.0, turn - time.monotonic()))
+        self._over.wait(max(0.0, turn - time.monotonic()))
 
 
 def _seconds(header: str | None) -> float:

@@ -48,7 +48,7 @@ def judge_run(run: Path, task, samples: pd.DataFrame, node, device: str) -> int:
         yes=pd.array([None if v.answer is None else task.verdict(v.answer) for v in asked], dtype="boolean"),
         error=[v.error for v in asked],
     )
-    official = all(facts.get(key) == value for key, value in task.official_judge.items())
+    official = all(facts.get(key) == value for key, value in task.official_judge.items()) and facts.get("path") is None
     table = task.judged(texts, checks)
     write_whole(folder / "checks.parquet", lambda file: checks.to_parquet(file, index=False))
     _write(folder / "summary.json", table.to_json(orient="records", indent=1))

@@ -72,3 +72,16 @@ def count(task: Task, subtask: str, limit: int) -> int:
 def guesses(task: Task | type, samples: pd.DataFrame) -> dict[str, float]:
     """The task's ``guesses`` for the examples of these sample rows; none if it has no such thing."""
     return task.guesses(samples) if hasattr(task, "guesses") and len(samples) else {}
+
+
+def card(task: Task, source: str, template_sha256: str) -> dict:
+    """What a protocol begins with: which benchmark at which version, whose prompts, and how much of it. ``task`` has ``ctx`` and ``seed``."""
+    return {
+        "task": task.name,
+        "version": task.version,
+        "source": source,
+        "template_sha256": template_sha256,
+        "ctx": task.ctx,
+        "seed": task.seed,
+        "subtasks": list(task.subtasks),
+    }

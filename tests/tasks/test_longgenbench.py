@@ -146,12 +146,14 @@ def sample(type_="Floor", index="0", method="full", text=TEXT, error=None, **cha
 def test_checks_and_questions():
     frame = pd.DataFrame([sample(), sample(method="mac"), sample(index="1", error="OutOfMemoryError")])
     texts, checks, questions = LongGenBench.checks(frame)
-    assert len(texts) == 2 and len(checks) == 10
+    assert len(texts) == 3 and len(checks) == 15
+    failed = checks[checks.example_id == "1"]
+    assert len(failed) == 5 and not failed.present.any() and texts.completion.tolist()[2] == 0  # all that was ordered stays in the denominators
     assert len(questions) == 5  # both texts are the same, so they share their questions
     assert questions[0].prompt == (
         "Context:  Floor 2: a small library. ### Instruction: Does this context include the small library? Please answer with 'yes' or 'no' only."
     )
-    mine = checks[checks.method == "full"]
+    mine = checks[(checks.method == "full") & (checks.example_id == "0")]
     assert mine.present.all() and not mine.impossible.any()
 
 
@@ -187,6 +189,17 @@ def test_numbers_are_the_official_ones():
     assert found["average"] == pytest.approx(50)
     assert found["length"] == 2001  # only texts of more than 40 pieces and more than 2000 words
     assert (found["checks"], found["present"], found["yes"], found["impossible"], found["unjudged"]) == (8, 6, 2, 1, 1)
+
+
+def test_the_error_of_stic_2_counts_missing_parts():
+    """Four texts of ten checks with 10, 2, 5, 0 parts there and 8, 2, 1, 0 yes: the ratio estimator sqrt(sum (y - R x)^2 / (n (n - 1))) / mean x."""
+    rows = []
+    for text, (there, yes) in enumerate([(10, 8), (2, 2), (5, 1), (0, 0)]):
+        rows += [("once", i < there, (i < yes) if i < there else None, False, "menu", str(text)) for i in range(10)]
+    found = scoring.numbers(pd.DataFrame({"completion": [0.0], "pieces": [1], "words": [0]}), verdicts(*rows))
+    assert found["stic_2"] == pytest.approx(27.5)
+    spread = sum((y - 0.275 * 10) ** 2 for y in (8, 2, 1, 0))
+    assert found["stic_2_se"] == pytest.approx(100 * (spread / (4 * 3)) ** 0.5 / 10)
 
 
 def test_numbers_of_nothing():

@@ -8,7 +8,7 @@ import pandas as pd
 from macbench.errors import ConfigError, choose
 from macbench.models.chat import Chat
 from macbench.sampling import Sampling
-from macbench.tasks.base import Example
+from macbench.tasks.base import Example, card
 from macbench.tasks.longbench_v2 import data, protocol, scoring
 from macbench.tasks.longbench_v2.truncate import Cut, Truncator
 
@@ -113,14 +113,7 @@ class LongBenchV2:
 
     def protocol(self) -> dict:
         """What it takes to repeat the numbers."""
-        return {
-            "task": self.name,
-            "version": self.version,
-            "source": protocol.SOURCE,
-            "template_sha256": protocol.template_hash(),
-            "ctx": self.ctx,
-            "seed": self.seed,
-            "subtasks": list(self.subtasks),
+        return card(self, protocol.SOURCE, protocol.template_hash()) | {
             "truncation": "middle of the raw prompt",
             "max_prompt_tokens": self._most(self.subtasks[0]),
             "max_new_tokens": {p: protocol.MAX_NEW_TOKENS[p] for p in (*self.subtasks, *(["cot_answer"] if "cot" in self.subtasks else []))},

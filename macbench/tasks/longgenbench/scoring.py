@@ -41,7 +41,7 @@ def numbers(texts: pd.DataFrame, checks: pd.DataFrame) -> dict:
     STIC-1 is yes / checks whose part exists, STIC-2 yes / all checks, impossible ones included, as officially. ``average`` is eval.py's
     plain mean of the three accuracies (yes / checks whose part exists, by kind), which the paper does not use.
     """
-    yes, present = checks.yes.eq(True), checks.present
+    yes, present = checks.yes.eq(True).fillna(False).astype(bool), checks.present
     long = texts[(texts.pieces > protocol.LEN_PIECES) & (texts.words > protocol.LEN_WORDS)]
     completion = texts.completion.mean()
     once, ranged, periodic = (_share(yes[checks.kind == k].sum(), present[checks.kind == k].sum()) for k in protocol.KINDS)

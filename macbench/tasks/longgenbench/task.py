@@ -8,7 +8,7 @@ import pandas as pd
 from macbench.errors import ConfigError, choose
 from macbench.models.chat import Chat
 from macbench.sampling import Sampling
-from macbench.tasks.base import Example, Question
+from macbench.tasks.base import Example, Question, card
 from macbench.tasks.longgenbench import data, protocol, scoring
 
 DEVIATIONS = (
@@ -82,9 +82,9 @@ class LongGenBench:
         question, an index or -1), and the questions. Texts that are the same in two rows share their questions.
         """
         texts, checks, questions = [], [], {}
-        for row in samples[samples.error.isna()].itertuples():
+        for row in samples.itertuples():
             item = json.loads(row.meta)
-            whole = item["prefix"] + row.text
+            whole = item["prefix"] + row.text if pd.isna(row.error) else ""  # an example that failed wrote nothing
             found = scoring.parts(whole, item["type"])
             key = {"method": row.method, "variant": row.variant, "subtask": row.subtask, "example_id": row.example_id}
             rate = scoring.completion(found, item["number"])
@@ -120,14 +120,7 @@ class LongGenBench:
 
     def protocol(self) -> dict:
         """What it takes to repeat the numbers."""
-        return {
-            "task": self.name,
-            "version": self.version,
-            "source": protocol.SOURCE,
-            "template_sha256": protocol.template_hash(),
-            "ctx": self.ctx,
-            "seed": self.seed,
-            "subtasks": list(self.subtasks),
+        return card(self, protocol.SOURCE, protocol.template_hash()) | {
             "truncation": "none",
             "max_new_tokens": self.limit,
             "temperature": self.sampling.temperature,

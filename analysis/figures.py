@@ -70,7 +70,8 @@ def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]
         axes.annotate(label, (0.01, score), xycoords=("axes fraction", "data"), xytext=(0, 1.5), textcoords="offset points", fontsize=7, color="0.35")
     axes.set_xscale("log")
     axes.set_xlim(0.9 * rows.x.min(), max(1.1, 1.1 * rows.x.max()))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # A range of less than a decade gets every digit.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if rows.x.max() > 8 * rows.x.min() else range(1, 10)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     spread = rows.score_se.fillna(0)

@@ -43,9 +43,7 @@ class Decoder:
         except BaseException:
             self.cache.free()
             raise
-        if self._graph is None:
-            self._session = self.forward.attending(self._attend)
-        self._session.__enter__()
+        self._open()
 
     def start_at(self, tokens: int, steps: int) -> None:
         """Every request holds ``tokens`` tokens, whose K and V are whatever lies in the pool, with room for ``steps``: for latency alone."""
@@ -54,9 +52,7 @@ class Decoder:
         self.cache.extend(tokens)
         self.cache.reserve(steps)
         self._begin()
-        if self._graph is None:
-            self._session = self.forward.attending(self._attend)
-        self._session.__enter__()
+        self._open()
 
     def stop(self) -> None:
         """Give the pages back; counts stay."""
@@ -81,6 +77,12 @@ class Decoder:
     def _begin(self) -> None:
         self.ledger.reset()
         self.method.begin(self.shape, self.kernels, self.ledger)
+
+    def _open(self) -> None:
+        """A captured step knows whom it calls; an eager one is told."""
+        if self._graph is None:
+            self._session = self.forward.attending(self._attend)
+        self._session.__enter__()
 
     def _attend(self, layer: int, q_pre: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return self.method.attend(layer, q_pre, q, self.cache)

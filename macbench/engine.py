@@ -97,15 +97,13 @@ class Request:
 class Engine:
     """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass.
 
-    ``batch``: how many requests may decode together. ``follow``: for how many steps methods of a run follow full attention's text.
-    ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
+    ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
     """
 
     def __init__(
         self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
     ):
         self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = network, kernels, ctx, chunk, batch, graph
-        self.follow = 0
         self.shape = attention_shape(network, ctx)
         s = self.shape
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.
@@ -172,8 +170,8 @@ class Engine:
         began = self._now()
         decoder.start([r.prompt for r in requests])
         setup = (self._now() - began) / len(requests)
-        runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
         try:
+            runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
             padding = [0] * (decoder.shape.batch - len(runs))
             decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
             active = [not run.done for run in runs]

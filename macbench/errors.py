@@ -20,3 +20,8 @@ def choose(key: str, value: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ConfigError(key, value, f"must be one of {', '.join(choices)}{hint}")
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an exception's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

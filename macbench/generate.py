@@ -54,10 +54,12 @@ class Answer:
 Made = list[list[Answer | Exception]]
 
 
-def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, examples: list[Example], run: Path, rate: Progress) -> Made:
+def answers(
+    engine: Engine, model: LoadedModel, task: Task, variants: list, examples: list[Example], run: Path, rate: Progress, follow: int = 0
+) -> Made:
     """For each example an answer, or the error that prevented it, for each variant (``name``, ``label``, ``method``) in order.
 
-    The examples decode in step, at most ``engine.batch`` of them.
+    The examples decode in step, at most ``engine.batch`` of them. ``follow``: for how many steps every method follows full attention's text.
     """
     calls = [[Call(engine, model, v, example, run, rate) for v in variants] for example in examples]
     made: Made = [[_attempt(engine, call.alone) if call.partial.earlier is not None else None for call in row] for row in calls]
@@ -65,7 +67,7 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
     try:
         for e, example in enumerate(examples):
             if any(answer is None for answer in made[e]):
-                methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or engine.follow]
+                methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or follow]
                 keep = max(method.prompt_queries for method in methods)
                 wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
                 prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
@@ -73,7 +75,7 @@ def answers(engine: Engine, model: LoadedModel, task: Task, variants: list, exam
             group = [e for e in prompts if made[e][i] is None]
             for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
                 made[e][i] = answer
-        _follow(engine, variants, prompts, made, rate)
+        _follow(engine, variants, prompts, made, rate, follow)
     finally:
         for prompt in prompts.values():
             if isinstance(prompt, Prompt):
@@ -105,13 +107,13 @@ def _together(engine: Engine, variant, members: list, rate: Progress) -> list[An
     ]
 
 
-def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exception], made: Made, rate: Progress) -> None:
-    """Let every other method see the text that full attention wrote, for ``engine.follow`` steps at most, and note how its predictions differ."""
+def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exception], made: Made, rate: Progress, steps: int) -> None:
+    """Let every other method see the text that full attention wrote, for ``steps`` steps at most, and note how its predictions differ."""
     full = next((i for i, v in enumerate(variants) if v.name == "full"), None)
-    if full is None or not engine.follow or len(variants) < 2:
+    if full is None or not steps or len(variants) < 2:
         return
     written = {e: made[e][full].generation.tokens for e in prompts if isinstance(made[e][full], Answer) and not made[e][full].resumed_at}
-    feeds = {e: tokens[: engine.follow + 1] for e, tokens in written.items() if len(tokens) > 1}
+    feeds = {e: tokens[: steps + 1] for e, tokens in written.items() if len(tokens) > 1}
     if not feeds:
         return
     meter = Fidelity([len(feed) - 1 for feed in feeds.values()])

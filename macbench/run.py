@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from macbench import budget, cli, environment, judging, loggers, partial, settings
 from macbench.engine import Engine
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
@@ -71,12 +71,11 @@ def run(cfg: DictConfig) -> int:
     if any(todo.values()):
         model = load(cfg.model, device, chat)
         engine = _engine(cfg, model, layer, ctx)
-        engine.follow = cfg.follow
         facts = environment.facts(device, layer.name, str(dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
-            evaluate(engine, model, task, variants, todo, directory, facts, log)
+            evaluate(engine, model, task, variants, todo, directory, facts, log, cfg.follow)
             table = report(directory, task, cfg.limit, variants)
             log.summary(table)
     else:
@@ -95,15 +94,20 @@ def run(cfg: DictConfig) -> int:
     return 1 if failed or unjudged else 0
 
 
-def run_attention(cfg: DictConfig) -> int:
-    """``task=attention``: no model and no prompts, the kernels alone on synthetic tensors."""
-    from macbench.attention.command import run as measure
-
+def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
+    """Task, method and contexts of a benchmark of latency as plain values, ``batch`` and ``ctx`` of the command line in them."""
     settings.build_variants(cfg)  # the method's own checks of its knobs
     task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
     if cfg.batch is not None:
         task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch
-    contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+    return task, method, [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+
+
+def run_attention(cfg: DictConfig) -> int:
+    """``task=attention``: no model and no prompts, the kernels alone on synthetic tensors."""
+    from macbench.attention.command import run as measure
+
+    task, method, contexts = _plain(cfg)
     device = "cuda" if cfg.device == "auto" else cfg.device
     return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
 
@@ -112,11 +116,7 @@ def run_decode(cfg: DictConfig) -> int:
     """``task=decode``: a model's decode step end to end, on real or synthetic prompts."""
     from macbench.latency.command import run as measure
 
-    settings.build_variants(cfg)  # the method's own checks of its knobs
-    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
-    if cfg.batch is not None:
-        task["batch"] = OmegaConf.to_container(cfg.batch) if OmegaConf.is_list(cfg.batch) else cfg.batch
-    contexts = [cli.parse_ctx(c) for c in (cfg.ctx if OmegaConf.is_list(cfg.ctx) else [cfg.ctx])]
+    task, method, contexts = _plain(cfg)
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
@@ -174,12 +174,12 @@ def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -
     return {subtask: [i for i in range(count(task, subtask, limit)) if missing(subtask, i)] for subtask in task.subtasks}
 
 
-def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log) -> None:
+def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log, follow: int) -> None:
     """Make and record every missing example."""
     with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
         for group in batched(examples(task, todo), engine.batch):
             bar.set_description(group[0].subtask)
-            made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage))
+            made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage), follow)
             for example, answered in zip(group, made, strict=True):
                 tables = records(engine, task, variants, example, answered, directory.run_id)
                 directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
@@ -248,7 +248,7 @@ def _rate(bar: tqdm, stage: str):
 
 def _one_line(error: Exception) -> str:
     hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{hint}"
+    return f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}"
 
 
 def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):

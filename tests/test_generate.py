@@ -51,9 +51,9 @@ class TwoCalls:
         return Example("a", "0", text, ids + ids, [], 10, {"call": 2}, Sampling(), ())
 
 
-def answers(setup, run, task=None, wanted=None, variants=VARIANTS):
+def answers(setup, run, task=None, wanted=None, variants=VARIANTS, follow=0):
     engine, model = setup
-    made = generate.answers(engine, model, task or Plain(), variants, [wanted or example()], run, lambda stage: lambda count: None)[0]
+    made = generate.answers(engine, model, task or Plain(), variants, [wanted or example()], run, lambda stage: lambda count: None, follow)[0]
     assert engine.pool.free_pages == engine.pool.pages
     return made
 
@@ -164,10 +164,8 @@ def interrupted(setup, run, monkeypatch, after: int, variants=VARIANTS):
 
 def test_a_resumed_run_can_follow(setup, tmp_path, monkeypatch):
     """MAC is resumed, full attention is not: its prompt holds what MAC needs all the same."""
-    engine, _ = setup
-    monkeypatch.setattr(engine, "follow", 4)
     interrupted(setup, tmp_path, monkeypatch, 20, variants=VARIANTS[::-1])
-    made = answers(setup, tmp_path, variants=VARIANTS[::-1])
+    made = answers(setup, tmp_path, variants=VARIANTS[::-1], follow=4)
     assert made[0].resumed_at and not made[1].resumed_at
     assert set(made[0].fidelity) == {"top1_agreement", "kl_mean"} and not made[1].fidelity
 

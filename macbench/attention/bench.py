@@ -17,6 +17,7 @@ from macbench.attention import peers
 from macbench.attention.problem import Cell, Problem, Stream, rotation, some_requests, some_rows
 from macbench.attention.reads import Reads
 from macbench.attention.timing import copy_bandwidth, rounds, timed
+from macbench.errors import one_line
 
 # Largest relative L2 error against float32 that counts as correct.
 TOLERANCE = 1e-2
@@ -93,7 +94,7 @@ def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device,
         layers, count = _rotation(cell, windows, device)
         problem = Problem(cell, device, layers, steps, seed, count)
     except (RuntimeError, MemoryError) as error:
-        yield _row(cell, "all", "", "", 0) | {"error": _one_line(error)}
+        yield _row(cell, "all", "", "", 0) | {"error": one_line(error)}
         return
     for backend in backends:
         for mode in modes:
@@ -128,13 +129,9 @@ def _guard(function, *args) -> dict:
     try:
         return function(*args)
     except peers.Unavailable as error:
-        return {"error": _one_line(error)}
+        return {"error": one_line(error)}
     except (RuntimeError, NotImplementedError, ValueError, MemoryError) as error:
-        return {"error": f"{type(error).__name__}: {_one_line(error)}"}
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        return {"error": f"{type(error).__name__}: {one_line(error)}"}
 
 
 def _full(problem: Problem, backend: str, mode: str) -> dict:

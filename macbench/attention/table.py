@@ -23,10 +23,10 @@ SCHEMA = pa.schema(
 )
 
 
-def write(rows: list[dict], path: Path, facts: dict) -> None:
+def write(rows: list[dict], path: Path, facts: dict, schema: pa.Schema = SCHEMA) -> None:
     """One parquet file; ``facts`` (JSON: device, versions, command) goes into its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"macbench": json.dumps(facts)}))
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"macbench": json.dumps(facts)}))
     pq.write_table(table, path, compression="zstd")
 
 
@@ -36,6 +36,11 @@ HEADER = (
 )
 
 
+def show(value, form: str) -> str:
+    """A number in a format such as 9.4f, or as many blanks."""
+    return " " * int(form.split(".")[0]) if value is None else format(value, form)
+
+
 def line(row: dict) -> str:
     """One row; a hit rate made by construction says so, and * marks a time over its bound."""
     label = "" if row["hit_rate"] is None else f"{row['hit_rate']:g} {row['misses'].replace('none', '')}".strip() + " syn." * row["synthetic"]
@@ -43,9 +48,6 @@ def line(row: dict) -> str:
     key = f"{row['q_heads']:>3}/{row['kv_heads']:<2} {row['batch']:>5} {row['ctx']:>7} {name:<20} {row['window'] or '':>5} {label:<20} "
     if row["error"]:
         return key + row["error"]
-
-    def show(value, form):
-        return " " * int(form.split(".")[0]) if value is None else format(value, form)
 
     mark = "*" if (row["over_bound"] or 0) > 1 else " "
     scaled = [

@@ -11,6 +11,7 @@ from macbench_kernels import UnsupportedError, kernels
 from macbench.attention.timing import copy_bandwidth
 from macbench.counting import READ_CATEGORIES
 from macbench.engine import Engine
+from macbench.errors import one_line
 from macbench.latency import peer
 from macbench.latency.breakdown import breakdown
 from macbench.latency.synthetic import SyntheticMAC
@@ -128,20 +129,16 @@ def _guard(function: Callable[[], dict]) -> dict:
     try:
         return function()
     except UnsupportedError as error:
-        return {"error": _one_line(error)}
+        return {"error": one_line(error)}
     except torch.OutOfMemoryError as error:
-        return {"error": f"OutOfMemoryError: {_one_line(error)}; lower batch or ctx"}
-    except (RuntimeError, NotImplementedError, ValueError, MemoryError) as error:
+        return {"error": f"OutOfMemoryError: {one_line(error)}; lower batch or ctx"}
+    except (RuntimeError, ValueError, MemoryError) as error:
         hint = "; lower batch or ctx" if "alloc" in str(error).lower() or isinstance(error, MemoryError) else ""
-        return {"error": f"{type(error).__name__}: {_one_line(error)}{hint}"}
+        return {"error": f"{type(error).__name__}: {one_line(error)}{hint}"}
     finally:
         gc.collect()  # decoders and what they attend with know each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _run(network, backend, total, size, mode, method, ctx, steps, prefill, prompts, seed, load=None) -> dict:
@@ -215,7 +212,7 @@ def _clocked(decoder, count: int) -> list[float]:
 
 def _generate(network, ctx: int, size: int, steps: int, seed: int) -> dict:
     if network.device.type != "cuda" or size > 1:
-        raise NotImplementedError("generate is timed on a CUDA device and at batch 1")
+        raise UnsupportedError("generate is timed on a CUDA device and at batch 1")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, network.config.vocab_size, (size, ctx), generator=generator).to(network.device)
     torch.cuda.reset_peak_memory_stats()

@@ -1,11 +1,11 @@
 """Rows of task=decode as text and as one parquet file."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from macbench.attention import table
+from macbench.attention.table import show
 from macbench.latency.bench import COLUMNS
 
 _TEXT = ("model", "method", "backend", "forward", "mode", "misses", "error")
@@ -25,10 +25,8 @@ HEADER = (
 
 
 def write(rows: list[dict], path: Path, facts: dict) -> None:
-    """One parquet file; ``facts`` (JSON: device, versions, command) goes into its metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"macbench": json.dumps(facts)}))
-    pq.write_table(table, path, compression="zstd")
+    """One parquet file; see attention/table.py."""
+    table.write(rows, path, facts, SCHEMA)
 
 
 def line(row: dict) -> str:
@@ -43,9 +41,6 @@ def line(row: dict) -> str:
     key = f"{model:<22} {row['ctx']:>6} {row['batch']:>5} {method:<24} {rate:<16} "
     if row["error"]:
         return key + row["error"]
-
-    def show(value, form):
-        return " " * int(form.split(".")[0]) if value is None else format(value, form)
 
     cells = [
         ("tpot_p50_ms", "8.3f", 1), ("tpot_p95_ms", "8.3f", 1), ("tokens_per_s", "8.1f", 1), ("over_floor", "6.2f", 1), ("over_full", "6.2f", 1),

@@ -8,7 +8,6 @@ views of joint matrices.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from macbench_kernels import PagedKVCache
@@ -61,6 +60,7 @@ class Fused:
         self.layers = [_joined(layer) for layer in network.base_model.layers]
         self.heads = network.config.num_attention_heads
         self.eps = network.config.rms_norm_eps
+        self._blank: dict[tuple[int, int], torch.Tensor] = {}
         positions = torch.arange(max_tokens, device=network.device)[None]
         cos, sin = network.base_model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=network.device), positions)
         half = cos.shape[-1] // 2
@@ -130,9 +130,10 @@ class Fused:
             else:
                 torch.nn.functional.linear(x, weight)
 
-    @lru_cache(maxsize=8)  # noqa: B019  (a model's few widths)
     def _inputs(self, rows: int, width: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=self.network.dtype, device=self.network.device)
+        if (rows, width) not in self._blank:
+            self._blank[rows, width] = torch.zeros(rows, width, dtype=self.network.dtype, device=self.network.device)
+        return self._blank[rows, width]
 
 
 def _experts(mlp: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:

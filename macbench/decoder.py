@@ -28,22 +28,34 @@ class Decoder:
         self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._session = nullcontext()
+        self._prepared: tuple[list, dict] | None = None
 
-    def start(self, prompts: list) -> None:
-        """Become a fork of the prompts (see engine.Prompt), at most ``shape.batch`` of them, and let the method prepare for them."""
+    def start(self, prompts: list, again: bool = False) -> None:
+        """Become a fork of the prompts (see engine.Prompt), at most ``shape.batch`` of them, and let the method prepare for them.
+
+        ``again``: keep a copy of the method's state for ``rewind``.
+        """
         if self._wants_graph and self._graph is None:
             self._capture()
         try:
-            self.cache.share([(prompt.cache, 0) for prompt in prompts])
-            self.cache.activate([i < len(prompts) for i in range(self.shape.batch)])
+            self._fork(prompts)
             self._begin()
             for layer in range(self.shape.layers):
                 for request, prompt in enumerate(prompts):
                     self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+            self._prepared = (prompts, self.method.save()) if again else None
         except BaseException:
             self.cache.free()
             raise
         self._open()
+
+    def rewind(self) -> None:
+        """Be where ``start(prompts, again=True)`` ended, without the work of the preparation."""
+        prompts, saved = self._prepared
+        self.cache.free()
+        self._fork(prompts)
+        self.ledger.reset()
+        self.method.restore(saved)
 
     def start_at(self, tokens: int, steps: int) -> None:
         """Every request holds ``tokens`` tokens, whose K and V are whatever lies in the pool, with room for ``steps``: for latency alone."""
@@ -58,6 +70,7 @@ class Decoder:
         """Give the pages back; counts stay."""
         self._session.__exit__(None, None, None)
         self._session = nullcontext()
+        self._prepared = None
         self.cache.free()
 
     def before(self) -> None:
@@ -73,6 +86,10 @@ class Decoder:
             self._body()
         else:
             self._graph.replay()
+
+    def _fork(self, prompts: list) -> None:
+        self.cache.share([(prompt.cache, 0) for prompt in prompts])
+        self.cache.activate([i < len(prompts) for i in range(self.shape.batch)])
 
     def _begin(self) -> None:
         self.ledger.reset()

@@ -4,7 +4,8 @@ The prompt's KV is computed exactly and once; every method decodes on a fork of 
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
@@ -22,6 +23,7 @@ from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
 _SPARE_PAGES = 4
+Watch = Callable[[int, torch.Tensor], None]
 
 
 @dataclass
@@ -154,52 +156,42 @@ class Engine:
         """Decoding of one prompt; ``options`` are further fields of ``Request``."""
         return self.decode_batch([Request(prompt, max_new_tokens, stop_ids, **options)], method, progress)[0]
 
-    @torch.inference_mode()
     def decode_batch(
-        self,
-        requests: Sequence[Request],
-        method: Method,
-        progress: Callable[[int], None] = lambda tokens: None,
-        watch: Callable[[int, torch.Tensor], None] | None = None,
+        self, requests: Sequence[Request], method: Method, progress: Callable[[int], None] = lambda tokens: None, watch: Watch | None = None
     ) -> list[Generation]:
         """Decoding of several prompts in step, on forks that share their pages: a generation for each request.
 
         ``watch(step, logits)`` sees the logits [B, vocab] of every step; they are only valid during the call.
         """
-        decoder = self.decoder(method, 1 if len(requests) == 1 else max(self.batch, len(requests)))
-        began = self._now()
-        decoder.start([r.prompt for r in requests])
-        setup = (self._now() - began) / len(requests)
+        with self.prepared([r.prompt for r in requests], method) as decode:
+            return decode(requests, progress, watch)
+
+    @contextmanager
+    def prepared(self, prompts: list[Prompt], method: Method, again: bool = False) -> Iterator[Callable[..., list[Generation]]]:
+        """A method that has prepared for prompts: yields ``decode(requests, progress, watch)``, see ``decode_batch``.
+
+        The requests are for these prompts, in their order. ``again``: ``decode`` may be called more than once, and always starts right
+        behind the prompts; that costs a copy of the method's state.
+        """
+        decoder = self.decoder(method, 1 if len(prompts) == 1 else max(self.batch, len(prompts)))
+        with torch.inference_mode():
+            began = self._now()
+            decoder.start(prompts, again)
+            setup = (self._now() - began) / len(prompts)
+        fresh = True
+
+        def decode(requests, progress=lambda tokens: None, watch=None):
+            nonlocal fresh
+            with torch.inference_mode():
+                if not fresh:
+                    decoder.rewind()
+                fresh = False
+                return _decode(decoder, requests, setup, progress, watch)
+
         try:
-            runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
-            padding = [0] * (decoder.shape.batch - len(runs))
-            decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
-            active = [not run.done for run in runs]
-            step = 0
-            room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
-            decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
-            while any(active):
-                decoder.cache.activate([*active, *map(bool, padding)])
-                decoder.before()
-                began = perf_counter()
-                decoder.step()
-                chosen = decoder.chosen.tolist()
-                taken = [run.take(decoder.logits[i], chosen[i]) if active[i] else chosen[i] for i, run in enumerate(runs)]
-                if taken != chosen[: len(runs)]:
-                    decoder.tokens.copy_(torch.tensor(taken + padding))
-                seconds = perf_counter() - began
-                if watch is not None:
-                    watch(step, decoder.logits)
-                step += 1
-                for i, run in enumerate(runs):
-                    if active[i]:
-                        run.seconds.append(seconds)
-                        run.save(decoder.ledger, i)
-                progress(sum(active))
-                active = [not run.done for run in runs]
+            yield decode
         finally:
             decoder.stop()
-        return [run.generation(decoder.ledger, i, run.reason) for i, run in enumerate(runs)]
 
     def decoder(self, method: Method, batch: int) -> Decoder:
         """The one decoder of a method for ``batch`` requests; its buffers, and on a GPU its graph, serve all later calls."""
@@ -228,6 +220,37 @@ class Engine:
         if torch.device(self.shape.device).type == "cuda":
             torch.cuda.synchronize(self.shape.device)
         return perf_counter()
+
+
+def _decode(decoder: Decoder, requests: Sequence[Request], setup: float, progress: Callable[[int], None], watch: Watch | None) -> list[Generation]:
+    """All steps of the requests, whose prompts ``decoder`` holds."""
+    runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
+    padding = [0] * (decoder.shape.batch - len(runs))
+    decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
+    active = [not run.done for run in runs]
+    step = 0
+    room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
+    decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
+    while any(active):
+        decoder.cache.activate([*active, *map(bool, padding)])
+        decoder.before()
+        began = perf_counter()
+        decoder.step()
+        chosen = decoder.chosen.tolist()
+        taken = [run.take(decoder.logits[i], chosen[i]) if active[i] else chosen[i] for i, run in enumerate(runs)]
+        if taken != chosen[: len(runs)]:
+            decoder.tokens.copy_(torch.tensor(taken + padding))
+        seconds = perf_counter() - began
+        if watch is not None:
+            watch(step, decoder.logits)
+        step += 1
+        for i, run in enumerate(runs):
+            if active[i]:
+                run.seconds.append(seconds)
+                run.save(decoder.ledger, i)
+        progress(sum(active))
+        active = [not run.done for run in runs]
+    return [run.generation(decoder.ledger, i, run.reason) for i, run in enumerate(runs)]
 
 
 class _Run:

@@ -13,7 +13,7 @@ from macbench_kernels import OutOfPages, UnsupportedError
 
 from macbench.engine import Engine, Generation, Prompt, Request
 from macbench.errors import ConfigError
-from macbench.fidelity import Fidelity
+from macbench.follow import Trail
 from macbench.models.weights import LoadedModel
 from macbench.partial import Partial
 from macbench.sampling import StopStrings
@@ -71,11 +71,12 @@ def answers(
                 keep = max(method.prompt_queries for method in methods)
                 wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
                 prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
-        for i, variant in enumerate(variants):
-            group = [e for e in prompts if made[e][i] is None]
-            for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
+        trail = Trail(follow) if follow and len(variants) > 1 and any(v.name == "full" for v in variants) else None
+        for i in sorted(range(len(variants)), key=lambda i: variants[i].name != "full"):  # the others follow full attention's text
+            row = {e: made[e][i] for e in prompts}
+            _complete(engine, variants[i], row, {e: (calls[e][i], prompts[e]) for e in prompts}, rate, trail)
+            for e, answer in row.items():
                 made[e][i] = answer
-        _follow(engine, variants, prompts, made, rate, follow)
     finally:
         for prompt in prompts.values():
             if isinstance(prompt, Prompt):
@@ -89,44 +90,38 @@ def answers(
     return made
 
 
-def _together(engine: Engine, variant, members: list, rate: Progress) -> list[Answer | Exception]:
-    """Answers of one variant to several (call, prompt); a prompt that is an error is the answer. What fails together is tried one by one."""
-    ready = [(call, prompt) for call, prompt in members if isinstance(prompt, Prompt)]
-    results = iter([])
-    if len(ready) > 1:
-        requests = [call.request(prompt) for call, prompt in ready]
-        done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name)))
-        if isinstance(done, Exception):
-            for call, _ in ready:
-                call.partial.discard()  # what was kept of it belongs to another attempt
-        else:
-            results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
-    return [
-        prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, lambda call=call, prompt=prompt: call.on(prompt))
-        for call, prompt in members
-    ]
+def _complete(
+    engine: Engine, variant, row: dict[int, Answer | Exception | None], members: dict[int, tuple["Call", Prompt | Exception]],
+    rate: Progress, trail: Trail | None,
+) -> None:  # fmt: skip
+    """Fill in the answers that one variant has not given yet, by example, in step; a prompt that is an error is the answer.
 
+    What fails together is tried one by one. Then the variant follows the trail, on the same preparation if it answered all examples now.
+    """
+    missing = {e: members[e] for e, answer in row.items() if answer is None}
+    row |= {e: prompt for e, (_, prompt) in missing.items() if not isinstance(prompt, Prompt)}
+    ready = {e: member for e, member in missing.items() if isinstance(member[1], Prompt)}
+    followed = False
 
-def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exception], made: Made, rate: Progress, steps: int) -> None:
-    """Let every other method see the text that full attention wrote, for ``steps`` steps at most, and note how its predictions differ."""
-    full = next((i for i, v in enumerate(variants) if v.name == "full"), None)
-    if full is None or not steps or len(variants) < 2:
-        return
-    written = {e: made[e][full].generation.tokens for e in prompts if isinstance(made[e][full], Answer) and not made[e][full].resumed_at}
-    feeds = {e: tokens[: steps + 1] for e, tokens in written.items() if len(tokens) > 1}
-    if not feeds:
-        return
-    meter = Fidelity([len(feed) - 1 for feed in feeds.values()])
-    requests = [Request(prompts[e], len(feed), feed=feed) for e, feed in feeds.items()]
-    if isinstance(_attempt(engine, lambda: engine.decode_batch(requests, variants[full].method, rate("follow"), meter.reference)), Exception):
-        return
-    for i, variant in enumerate(variants):
-        if i != full and not isinstance(
-            _attempt(engine, lambda v=variant: engine.decode_batch(requests, v.method, rate("follow"), meter.compare)), Exception
-        ):
-            for e, found in zip(feeds, meter.result(), strict=True):
-                if isinstance(made[e][i], Answer):
-                    made[e][i].fidelity = found
+    def together() -> None:
+        nonlocal followed
+        with engine.prepared([prompt for _, prompt in ready.values()], variant.method, again=trail is not None) as decode:
+            done = decode([call.request(prompt) for call, prompt in ready.values()], rate(variant.name))
+            row.update({e: call.finish(g, prompt) for (e, (call, prompt)), g in zip(ready.items(), done, strict=True)})
+            if trail is not None and trail.fits(variant, row, ready):
+                followed = True
+                trail.walk(variant, row, {e: prompt for e, (_, prompt) in ready.items()}, decode, rate("follow"))
+
+    failure = _attempt(engine, together) if ready else None
+    if any(row[e] is None for e in ready):
+        for call, _ in ready.values() if len(ready) > 1 else ():
+            call.partial.discard()  # what was kept of it belongs to another attempt
+        alone = {e: lambda call=call, prompt=prompt: call.on(prompt) for e, (call, prompt) in ready.items()}
+        row |= {e: _attempt(engine, make) for e, make in alone.items()} if len(ready) > 1 else dict.fromkeys(ready, failure)
+    if trail is not None and not followed:
+        prompts = {e: prompt for e, (_, prompt) in members.items() if isinstance(prompt, Prompt)}
+        walk = lambda requests, *how: engine.decode_batch(requests, variant.method, *how)  # noqa: E731
+        _attempt(engine, lambda: trail.walk(variant, row, prompts, walk, rate("follow")))
 
 
 class Call:

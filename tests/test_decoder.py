@@ -65,6 +65,20 @@ def test_batches_of_other_sizes_in_between_change_nothing(network, name):
     assert not engine._decoders and not hasattr(method, "shape")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prepared_method_decodes_again(network, name):
+    """The second time around on one preparation: tokens and counts of the first."""
+    engine, method = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3), METHODS[name]()
+    prompts = [engine.prefill(ids, method.prompt_queries) for ids in PROMPTS[:3]]
+    requests = [Request(p, 20) for p in prompts]
+    with engine.prepared(prompts, method, again=True) as decode:
+        first, fed, third = decode(requests), decode([Request(p, 5, feed=[1] * 5) for p in prompts]), decode(requests)
+    for one, other in zip(first, third, strict=True):
+        assert one.tokens == other.tokens
+        assert all((other.counts[key] == counts).all() for key, counts in one.counts.items())
+    assert [g.tokens for g in fed] == [[1] * 5] * 3
+
+
 def test_what_is_fed_is_what_is_processed(network):
     """Tokens fed to full attention: the logits of each step are those of one forward pass over prompt and fed tokens."""
     engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4)

@@ -42,6 +42,9 @@ class Method:
     ``self.kernels``. Whatever cannot obey, such as re-clustering every 128 tokens, belongs in ``between_steps``.
     """
 
+    #: Names of what a method keeps on the host between steps, each a list of plain numbers made by ``begin``.
+    host_state = ()
+
     @property
     def prompt_queries(self) -> int:
         """How many of the prompt's last queries ``after_prefill`` needs."""
@@ -83,6 +86,18 @@ class Method:
         if name not in self._buffers:
             self._buffers[name] = torch.empty(size, dtype=dtype or self.shape.dtype, device=self.shape.device)
         return self._buffers[name].fill_(fill)
+
+    def save(self) -> dict[str, object]:
+        """A copy of all that ``begin``, ``after_prefill`` and the steps so far have made, for ``restore`` with the same shape."""
+        copies: dict[str, object] = {name: list(getattr(self, name)) for name in self.host_state}
+        return copies | {"buffers": {name: buffer.clone() for name, buffer in self._buffers.items()}}
+
+    def restore(self, saved: dict[str, object]) -> None:
+        """Be where ``save`` was called; the memory stays in place."""
+        for name in self.host_state:
+            getattr(self, name)[:] = saved[name]
+        for name, copy in saved["buffers"].items():
+            self._buffers[name].copy_(copy)
 
     def after_prefill(self, layer: int, request: int, queries: PromptQueries, cache: PagedKVCache) -> None:
         """The prompt's K and V of ``request`` are in the cache: build what decoding needs. ``queries`` are of that request (batch 1)."""

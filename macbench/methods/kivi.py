@@ -35,6 +35,8 @@ class KIVI(Method):
     group: int = 32
     residual: int = 128
 
+    host_state = ("_quantised",)
+
     def __post_init__(self):
         require(self.bits in (2, 4), "method", "bits", self.bits, "2 or 4")
         require(self.group in GROUPS, "method", "group", self.group, f"one of {', '.join(map(str, GROUPS))}")

@@ -67,6 +67,8 @@ class Multipole(Method):
     mode: str = "harness"
     seed: int = 0
 
+    host_state = ("_clustered", "_frozen")
+
     def __post_init__(self):
         require(is_int(self.budget, 1), "method", "budget", self.budget, "an integer of at least 1")
         require(isinstance(self.replacement, bool), "method", "replacement", self.replacement, "true or false")

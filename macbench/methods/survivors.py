@@ -34,8 +34,11 @@ class Survivors:
         self.ids[layer, request, :, : kept.shape[1]] = kept
         self._offset[layer, request] = kept.shape[1] - prompt
         heads = self.rows.shape[2]
-        union = [len(group.unique()) for group in kept.reshape(heads, -1)] if len(kept) != heads else [kept.shape[1]] * heads
-        self._rows_offset[layer, request] = torch.tensor(union, device=kept.device) - prompt
+        if len(kept) == heads:
+            self._rows_offset[layer, request] = kept.shape[1] - prompt
+        else:
+            union = [len(group.unique()) for group in kept.reshape(heads, -1)]
+            self._rows_offset[layer, request] = torch.tensor(union, device=kept.device) - prompt
 
     def grow(self, lengths: torch.Tensor) -> None:
         """Give the newest token of every request its place, in all layers; lengths int32 [B]. Doing it twice changes nothing."""

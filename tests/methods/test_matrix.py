@@ -469,6 +469,19 @@ def test_a_request_can_be_replaced_by_another(case):
         torch.testing.assert_close(used.step(), fresh.step(), atol=0 if DEVICE == "cpu" else 1e-6, rtol=0)
 
 
+def test_a_prepared_method_can_start_again(case):
+    """What was saved behind the prompts and restored after some steps decodes as it did the first time, in the same memory."""
+    batch, prompts = Batch(case.make(), case.texts()), Batch(case.make(), case.texts()).cache
+    saved, where = batch.method.save(), [t.data_ptr() for t in tensors(vars(batch.method))]
+    first = [batch.step() for _ in range(6)]
+    batch.cache = prompts
+    batch.ledger.reset()
+    batch.method.restore(saved)
+    for out in first[:4]:
+        torch.testing.assert_close(batch.step(), out, atol=0 if DEVICE == "cpu" else 1e-6, rtol=0)
+    assert [t.data_ptr() for t in tensors(vars(batch.method))][: len(where)] == where
+
+
 def tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]

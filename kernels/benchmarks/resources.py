@@ -35,6 +35,7 @@ from macbench_kernels import (
 )
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: dict[str, tuple] = {}
 
@@ -61,7 +62,7 @@ def resources(built) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        text = subprocess.run(["cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        text = subprocess.run([str(CUOBJDUMP), "-res-usage", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     ptx = built.asm["ptx"]
     uses = {name: ptx.count(name) for name in ("wgmma.mma_async", "mma.sync", "cp.async.cg", "cp.async.ca", "ld.global.v4", "bar.sync")}

@@ -17,6 +17,7 @@ MAX_GROUP = 64
 # What the interpreter pretends to have: few, so that shares stay long enough to be interesting in small tests.
 _INTERPRETED_PROCESSORS = 3
 
+LINE_BYTES: tl.constexpr = tl.constexpr(128)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -95,6 +96,12 @@ def follow(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointer):
+    """Bring the cache lines of a tensor of pointers into L2. A hint: nothing is read into registers, and writes by others are not missed."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

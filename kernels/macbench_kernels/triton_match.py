@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.ring import Match, Ring
-from macbench_kernels.triton_common import check_ring, dependent_launch, follow, launch_options, launchable, on_device, processors
+from macbench_kernels.triton_common import (
+    LINE_BYTES,
+    check_ring,
+    dependent_launch,
+    follow,
+    launch_options,
+    launchable,
+    on_device,
+    prefetch,
+    processors,
+)
 
 BLOCK_ROWS = 64
 # Rows of a head are split until there are about this many programs per multiprocessor.
@@ -30,6 +40,17 @@ def _scan(
     """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
+    if EARLY:
+        # All rows but the newest are older than the predecessor. A position that it still changes only makes this hint a row too short.
+        past = tl.load(position_ptr + row // heads, cache_modifier=".cg") + shift
+        first = split * share + tl.arange(0, BLOCK)
+        needed = (first < tl.minimum(tl.minimum(past, capacity), (split + 1) * share)) & (past + 1 >= min_context)
+        line: tl.constexpr = LINE_BYTES // (ring_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        at = tl.arange(0, (DIM + line - 1) // line) * line
+        nothing = q_ptr + row * dim
+        rows_ahead = ring_ptr + (row.to(tl.int64) * capacity + first)[:, None] * dim + at[None, :]
+        prefetch(tl.where(needed[:, None] & (at < dim)[None, :], rows_ahead, nothing))
+        prefetch(tl.where(needed, lse_ptr + row.to(tl.int64) * capacity + first, nothing.to(tl.pointer_type(tl.float32))))
     follow(EARLY)
     position = tl.load(position_ptr + row // heads) + shift
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)

@@ -1,5 +1,6 @@
 """One decode step of a batch with one method, in memory that stays in place: eager, or captured once as a CUDA graph and replayed."""
 
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -125,14 +126,15 @@ class Decoder:
                 torch.cuda.synchronize(self.shape.device)
                 with torch.cuda.graph(graph, pool=_memory(self.shape.device)):
                     self._body()
+            _live[graph] = str(self.shape.device)
             self._graph = graph
         finally:
             self.cache.free()
 
 
-_memories: dict[str, object] = {}
+_live: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, str] = weakref.WeakKeyDictionary()
 
 
-def _memory(device) -> object:
-    """Graphs of one device share their scratch memory: only one of them runs at a time."""
-    return _memories.setdefault(str(device), torch.cuda.graph_pool_handle())
+def _memory(device) -> object | None:
+    """Graphs of one device share their scratch memory, as only one of them runs at a time; it goes with the last of them."""
+    return next((graph.pool() for graph, where in _live.items() if where == str(device)), None)

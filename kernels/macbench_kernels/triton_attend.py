@@ -30,6 +30,8 @@ from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent,
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
 _MANY_UNITS, _VERY_MANY_UNITS = 32, 256
+# Up to this many, programs find a place while the scan is still at work, and can do something useful before it ends.
+_FEW_UNITS = 64
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -117,12 +119,12 @@ def _attend_shares(
     heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
     COUNT: tl.constexpr, SIDES: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of all tiles. before [items + 1] gets the number of tiles before each item; part [pieces, SIDES * group, dim]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     kv_heads: tl.constexpr = heads // group
-    if EARLY and SOURCE == MAC:
+    if AHEAD:
         _band_ahead(k_ptr, v_ptr, table_ptr, lengths_ptr, batch, table_stride, head_stride, band, kv_heads=kv_heads, dim=dim, page=page, DIM=DIM)
     follow(EARLY)
     lane = tl.arange(0, CHUNK)
@@ -320,7 +322,8 @@ class Pieces:
             COUNT=count, SIDES=sides, SOURCE=source.value, SPLITS=1 if keys is None else keys.shape[0],
             COLUMNS=max(16, triton.next_power_of_2(self.columns)), HEADS=wide, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"],
             CHUNK=chunk, CHUNKS=triton.cdiv(self.items, chunk), STAGES=knobs["stages"],
-            EARLY=early, num_warps=knobs["warps"], **launch_options(early),
+            EARLY=early, AHEAD=early and source.value == MAC.value and batch * kv_heads <= _FEW_UNITS,
+            num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
 
     def merging(self, rows: int) -> tuple[int, dict]:

@@ -67,14 +67,10 @@ class Leases:
 
     def alive(self, path: Path) -> bool:
         """Whether the worker of a lease, or of a worker's file, lives as far as one can know."""
-        try:
-            with path.open("rb") as file:
-                worker = describe(file.read())
-                if worker.get("kernel") and worker["kernel"] == kernel():
-                    return _locked(file)
-                now, beat = monotonic(), worker.get("beat")
-        except OSError:
-            return False  # it cleaned up, or somebody copied the run without it
+        known, worker = look(path)
+        if known is not None:
+            return known
+        now, beat = monotonic(), worker["beat"]
         seen = self._seen.setdefault(path.resolve(), (beat, now))
         if seen[0] != beat:
             self._seen[path.resolve()] = (beat, now)
@@ -131,6 +127,17 @@ class Leases:
             self.folder.mkdir(exist_ok=True)
             return []
         return sorted(int(n) for name, _, n in (name.rpartition(".") for name in names) if name == part and n.isdecimal())
+
+
+def look(path: Path) -> tuple[bool | None, dict]:
+    """Whether the worker of a lease or a worker's file lives, and what the file says; None if only its heartbeat can tell."""
+    try:
+        with path.open("rb") as file:
+            worker = describe(file.read())
+            same = worker.get("kernel") and worker["kernel"] == kernel()
+            return (_locked(file) if same else None), worker
+    except OSError:
+        return False, {}  # it cleaned up, or somebody copied the run without it
 
 
 def describe(content: bytes) -> dict:

@@ -1,7 +1,7 @@
 """What a run writes: one folder, three parquet tables in parts, and a summary. Nothing here knows how records were made.
 
     runs/<task>/<model>/<ctx>/<method>-<hash8>/
-        config.yaml  environment.json  summary.json
+        config.yaml  environment.json  asked.json  summary.json
         samples/part-*.parquet   a row per example and method variant
         steps/part-*.parquet     a row per decode step
         layers/part-*.parquet    a row per example, variant and layer
@@ -13,7 +13,9 @@ its example, so that however many processes work on a run (see ``leases.py``) th
 
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -80,6 +82,15 @@ KEY = ["method", "variant", "subtask", "example_id"]
 def config_hash(config: dict) -> str:
     """Eight hex digits of a resolved configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Run folders at or below ``root``, in order."""
+    for folder, below, files in os.walk(root):
+        if "environment.json" in files and "samples" in below:
+            yield Path(folder)
+            below.clear()
+        below.sort()
 
 
 def part_name(subtask: str, example_id: str) -> str:

@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import budget, cli, environment, judging, loggers, partial, settings
+from macbench import asked, budget, cli, environment, judging, loggers, partial, settings
+from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
 from macbench.leases import Leases
 from macbench.models.chat import Chat
+from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
@@ -54,25 +56,29 @@ def run(cfg: DictConfig) -> int:
     for note in plan.notes:
         print(f"macbench: note: {note}", file=sys.stderr)
     work = pending(cfg, plan, directory)
+    directory.write_text(asked.FILE, plan.asked.text())
     if work:
         model = load(cfg.model, plan.device, plan.chat)
         engine = make_engine(cfg, plan, model)
-        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype))
+        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+        for note in environment.continued(directory.path, facts):
+            print(f"macbench: note: {note}", file=sys.stderr)
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        directory.write_text("environment.json", environment.to_json(facts | {"protocol": plan.task.protocol()}))
+        protocol = {"protocol": plan.task.protocol(), "identity": identity(cfg, plan)}
+        directory.write_text("environment.json", environment.to_json(facts | protocol))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
             evaluate(engine, model, plan, work, directory, facts, log, cfg.follow)
-            table = report(directory, plan, cfg.limit)
+            table = report(directory, plan)
             log.summary(table)
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
-        table = report(directory, plan, cfg.limit)
+        table = report(directory, plan)
     for note in budget.misses(table, plan.variants):
         print(f"macbench: note: {note}", file=sys.stderr)
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
     unjudged = 0
     if hasattr(plan.task, "checks"):
-        unjudged = judging.judge_run(directory.path, plan.task, asked(directory, plan, cfg.limit), cfg.judge, plan.device)
+        unjudged = judging.judge_run(directory.path, plan.task, plan.asked.rows(directory.path), cfg.judge, plan.device)
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, retry=failed tries them again", file=sys.stderr)
     if unjudged:
@@ -91,6 +97,7 @@ class Plan:
     chat: Chat
     task: Task
     variants: list[Variant]
+    asked: Asked
     resolved: dict
     notes: list[str]
 
@@ -110,10 +117,11 @@ def prepare(cfg: DictConfig) -> Plan:
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
-    for subtask in task.subtasks:
-        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
+    wanted = Asked({subtask: count(task, subtask, cfg.limit) for subtask in task.subtasks}, [[v.name, v.label] for v in variants])
+    for subtask, examples in wanted.examples.items():
+        task.example(subtask, examples - 1)  # missing data or too small a ctx shows now, not after an hour
     notes = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
-    return Plan(ctx, device, dtype, layer, chat, task, variants, resolved, list(dict.fromkeys(filter(None, notes))))
+    return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))))
 
 
 def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
@@ -176,22 +184,21 @@ def model_name(cfg: DictConfig) -> str:
 
 
 def identity(cfg: DictConfig, plan: Plan) -> dict:
-    """Everything that can change a number: the configuration, what its automatic values came to and the data's own hashes."""
+    """Everything that can change a number but the task's protocol: the configuration and what its automatic values came to."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved | {"protocol": plan.task.protocol()}
+    found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
     found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
     return found
 
 
+def run_name(cfg: DictConfig, plan: Plan) -> str:
+    """<method>-<hash8>: the hash is over the run's ``identity`` and the protocol, which has the data's hashes."""
+    return f"{cfg.method.name}-{config_hash(identity(cfg, plan) | {'protocol': plan.task.protocol()})}"
+
+
 def open_directory(cfg: DictConfig, plan: Plan) -> RunDirectory:
-    """runs/<task>/<model>/<ctx>/<method>-<hash8>, by the hash of the run's ``identity``."""
-    name = f"{cfg.method.name}-{config_hash(identity(cfg, plan))}"
-    return RunDirectory(Path(cfg.runs_dir) / plan.task.name / model_name(cfg) / str(plan.ctx) / name)
-
-
-def wanted(task: Task, limit: int) -> list[tuple[str, int]]:
-    """(subtask, index) of every example that was asked for."""
-    return [(subtask, index) for subtask in task.subtasks for index in range(count(task, subtask, limit))]
+    """runs/<task>/<model>/<ctx>/<method>-<hash8>."""
+    return RunDirectory(Path(cfg.runs_dir) / plan.task.name / model_name(cfg) / str(plan.ctx) / run_name(cfg, plan))
 
 
 def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
@@ -202,7 +209,7 @@ def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
     def missing(subtask: str, index: int) -> bool:
         return any((v.name, v.label, subtask, str(index)) not in done for v in plan.variants)
 
-    mine = settings.share(wanted(plan.task, cfg.limit), cfg.shard)
+    mine = settings.share(plan.asked.places(), cfg.shard)
     return Work(directory, [place for place in mine if missing(*place)], stamps)
 
 
@@ -279,29 +286,14 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}"
 
 
-def asked(directory: RunDirectory, plan: Plan, limit: int):
-    """Sample rows of the examples that this command asked for, in its order."""
-    samples = read_table(directory.path, "samples")
-    those = {(subtask, str(index)) for subtask, index in wanted(plan.task, limit)}
-    samples = samples[[pair in those for pair in zip(samples.subtask, samples.example_id, strict=True)]]
-    order = {(v.name, v.label): i for i, v in enumerate(plan.variants)}
-    rank = [order.get(pair, len(order)) for pair in zip(samples.method, samples.variant, strict=True)]
-    place = {subtask: i for i, subtask in enumerate(plan.task.subtasks)}
-    return (
-        samples.assign(_rank=rank, _place=samples.subtask.map(place))
-        .sort_values(["_rank", "_place"], kind="stable")
-        .drop(columns=["_rank", "_place"])
-    )
-
-
-def report(directory: RunDirectory, plan: Plan, limit: int):
+def report(directory: RunDirectory, plan: Plan):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
     task, stamps = plan.task, None
     while stamps != (stamps := directory.stamps()):  # another process's last rows must not be missing from the table that stays
-        samples = asked(directory, plan, limit)
+        samples = plan.asked.rows(directory.path)
         table = summarise(samples, guesses(task, samples))
         directory.write_text("summary.json", table.to_json(orient="records", indent=1))
-    missing = len(wanted(task, limit)) - samples.groupby(["subtask", "example_id"]).ngroups
+    missing = len(plan.asked.places()) - samples.groupby(["subtask", "example_id"]).ngroups
     if missing:
         print(f"macbench: note: {missing} example(s) are left to other shards", file=sys.stderr)
     print(protocol_card(task.protocol()), file=sys.stderr)

@@ -209,7 +209,8 @@ def test_a_run_writes_every_table_and_the_same_command_resumes(macbench, tiny_ar
     assert code == 0
     assert "rho_bytes" in out
     (folder,) = (tmp_path / "runs" / "ruler").glob("tiny-llama*/512/mac-*")
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "environment.json", "summary.json", "samples", "steps", "layers"}
+    files = {"asked.json", "config.yaml", "environment.json", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == files | {"samples", "steps", "layers"}
     frame = samples(tmp_path)
     assert sorted(zip(frame.method, frame.example_id, strict=True)) == [("full", "0"), ("full", "1"), ("mac", "0"), ("mac", "1")]
     assert (frame.prompt_tokens + 128 <= 512).all()

@@ -120,7 +120,7 @@ def test_out_of_memory_prefills_in_smaller_chunks(macbench, tiny_args, tmp_path,
     made = samples(tmp_path)
     assert tried[0] == 4096 and min(tried) > generate.SMALLEST_CHUNK
     assert made.error.isna().all() and (made.text == whole.text).all()
-    assert all(json.loads(meta)["prefill_chunk"] == min(tried) for meta in made.meta)
+    assert all(json.loads(meta)["prefill_chunk"] in {chunk for chunk in tried if chunk <= 250} for meta in made.meta)
     assert not any("prefill_chunk" in meta for meta in whole.meta)
 
 

@@ -28,13 +28,15 @@ Watch = Callable[[int, torch.Tensor], None]
 
 @dataclass
 class Prompt:
-    """A prefilled prompt. ``queries``: per layer, the last ones. ``first_token``: the greedy choice after the prompt. ``logits``: [vocab]."""
+    """A prefilled prompt. ``queries``: per layer, the last ones. ``first_token``: the greedy choice after the prompt. ``logits``: [vocab].
+    ``chunk``: prompt tokens per forward pass."""
 
     cache: PagedKVCache
     queries: list[PromptQueries]
     first_token: int
     logits: torch.Tensor
     seconds: float
+    chunk: int
 
     def free(self) -> None:
         self.cache.free()
@@ -116,12 +118,15 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: list[int], keep_queries: int = 0, progress: Callable[[int], None] = lambda tokens: None, column_sums: bool = False
-    ) -> Prompt:
+        self, ids: list[int], keep_queries: int = 0, progress: Callable[[int], None] = lambda tokens: None, column_sums: bool = False,
+        chunk: int | None = None,
+    ) -> Prompt:  # fmt: skip
         """Exact prefill of a prompt in chunks; keeps the last ``keep_queries`` queries of every layer for methods that need them.
 
         ``column_sums``: also how much attention every prompt token gets from all prompt queries, about one more q.k pass per layer.
+        ``chunk``: instead of the engine's own.
         """
+        chunk = chunk or self.chunk
         cache = PagedKVCache(self.pool)
         tails = _Tails(self.shape, len(ids), keep_queries, column_sums)
         position = 0
@@ -138,8 +143,8 @@ class Engine:
         tokens = torch.tensor(ids, device=self.shape.device)[None]
         try:
             with intercept(self.network, attend):
-                for position in range(0, len(ids), self.chunk):
-                    piece = tokens[:, position : position + self.chunk]
+                for position in range(0, len(ids), chunk):
+                    piece = tokens[:, position : position + chunk]
                     cache.extend(piece.shape[1])
                     logits = self._forward(piece, torch.arange(position, position + piece.shape[1], device=piece.device)[None])
                     progress(piece.shape[1])
@@ -147,7 +152,7 @@ class Engine:
             cache.free()
             raise
         first = int(logits.argmax())
-        return Prompt(cache, tails.done(), first, logits, self._now() - began)
+        return Prompt(cache, tails.done(), first, logits, self._now() - began, chunk)
 
     def decode(
         self, prompt: Prompt, method: Method, max_new_tokens: int, stop_ids: frozenset[int] = frozenset(),

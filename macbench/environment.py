@@ -1,10 +1,12 @@
 """What was run where: versions, device, commit and command, for environment.json and the metadata of every parquet part."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,22 +14,69 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("macbench", "torch", "transformers", "triton", "tokenizers", "datasets", "numpy", "wonderwords", "flash-attn", "flashinfer-python")
+from macbench.errors import ConfigError
+
+_PACKAGES = (
+    *("macbench", "torch", "transformers", "accelerate", "triton", "tokenizers", "safetensors", "gguf", "datasets", "numpy", "pandas", "pyarrow"),
+    *("hydra-core", "wonderwords", "flash-attn", "flashinfer-python"),
+)
+# What two processes that work on one run should have in common, or the table says nothing about either.
+_SHARED = ("git", "device", "backend", "dtype", "packages")
 
 
-def facts(device: str, backend: str, dtype: str) -> dict:
-    """A JSON-able description of this process."""
+def facts(device: str, backend: str, dtype: str, weights: str | None = None) -> dict:
+    """A JSON-able description of this process. ``weights``: a hash of the model's."""
     return {
         "command": shlex.join(["python", "-m", "macbench.run", *sys.argv[1:]]),
+        "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda,
         "backend": backend,
         "dtype": dtype,
+        "weights_sha256": weights,
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def continued(run: Path, now: dict) -> list[str]:
+    """Lines for the user about a run that another version of the code, or another machine, began; other weights are a ConfigError."""
+    try:
+        earlier = json.loads((run / "environment.json").read_text())
+    except (OSError, ValueError):
+        return []
+    weights = earlier.get("weights_sha256") if isinstance(earlier, dict) else None
+    if weights and now.get("weights_sha256") and weights != now["weights_sha256"]:
+        raise ConfigError("model.path", run, f"this run was begun with other weights (sha256 {weights[:12]}); use another runs_dir for these")
+    changed = [f"{key} {_short(earlier[key])}, now {_short(now[key])}" for key in _SHARED if key in earlier and earlier[key] != now[key]]
+    what = "; rows of both will stand in one table, python -m macbench.verify lists them"
+    return [f"the run was begun with {'; '.join(changed)}{what}"] if changed else []
+
+
+def label(facts: bytes | None) -> str:
+    """A few words for the facts in a part's metadata: commit, torch and device."""
+    try:
+        found = json.loads(facts or b"{}")
+        return ", ".join([_short(found.get("git")), f"torch {found.get('packages', {}).get('torch')}", str(found.get("device"))])
+    except (ValueError, AttributeError):
+        return "unreadable facts"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict) and "commit" in value:
+        return f"{str(value['commit'])[:10]}{' with changes' if value.get('dirty') else ''}"
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
 
 
 def to_json(data: dict) -> str:
@@ -53,7 +102,9 @@ def commit() -> dict | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed package may lie inside somebody else's checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changes = git("diff", "HEAD")
+        found = {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+        return found | ({"diff_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {})
     except (OSError, subprocess.SubprocessError):
         claimed = os.environ.get("MACBENCH_COMMIT")
         return {"commit": claimed, "dirty": None} if claimed else None

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+# How the name of a file begins that is being written, or whose writer was killed.
+SCRATCH = ".writing-"
+
 
 def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     """``write(file)`` into a temporary file beside ``target`` that then takes its place: there is never half a file."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=SCRATCH, delete=False) as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

@@ -20,6 +20,8 @@ from macbench.sampling import StopStrings
 from macbench.tasks.base import Example, Task
 
 EXAMPLE_ERRORS = (RuntimeError, OutOfPages, MemoryError)
+# Prompt tokens per forward pass below which less would save no memory worth the time.
+SMALLEST_CHUNK = 128
 Progress = Callable[[str], Callable[[int], None]]
 
 
@@ -27,7 +29,8 @@ Progress = Callable[[str], Callable[[int], None]]
 class Answer:
     """What one variant made of an example. Over all calls: ``generation`` (steps, counts and tokens one after the other),
     ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before.
-    ``fidelity``: its columns, along full attention's first text."""
+    ``fidelity``: its columns, along full attention's first text. ``prefill_chunk``: the prompt's, where memory did not allow the
+    configured one, else 0."""
 
     text: str
     generation: Generation
@@ -37,6 +40,7 @@ class Answer:
     earlier: list[str] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     fidelity: dict = field(default_factory=dict)
+    prefill_chunk: int = 0
 
     def then(self, later: "Answer") -> "Answer":
         return Answer(
@@ -48,6 +52,7 @@ class Answer:
             [*self.earlier, self.text, *later.earlier],
             self.resumed_at + later.resumed_at,
             self.fidelity,
+            min(filter(None, (self.prefill_chunk, later.prefill_chunk)), default=0),
         )
 
 
@@ -70,7 +75,7 @@ def answers(
                 methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or follow]
                 keep = max(method.prompt_queries for method in methods)
                 wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
-                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
+                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: prefill(engine, example.input_ids, *wanted))
         trail = Trail(follow) if follow and len(variants) > 1 and any(v.name == "full" for v in variants) else None
         for i in sorted(range(len(variants)), key=lambda i: variants[i].name != "full"):  # the others follow full attention's text
             row = {e: made[e][i] for e in prompts}
@@ -135,10 +140,10 @@ class Call:
         """With a prefill of its own, of the prompt and all but the last of the tokens that there are already."""
         earlier = self.partial.earlier
         if earlier is not None and earlier.finish_reason != "unfinished":
-            return self._answer(earlier, 0.0)
+            return self._answer(earlier)
         ids = self.example.input_ids + (earlier.tokens[:-1] if earlier else [])
         method = self.variant.method
-        prompt = self.engine.prefill(ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
+        prompt = prefill(self.engine, ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
         try:
             return self.on(prompt)
         finally:
@@ -159,12 +164,32 @@ class Call:
         )
 
     def finish(self, generation: Generation, prompt: Prompt) -> Answer:
-        return self._answer(self.partial.finish(generation), prompt.seconds)
+        chunk = prompt.chunk if prompt.chunk < self.engine.chunk else 0
+        return self._answer(self.partial.finish(generation), prompt.seconds, chunk)
 
-    def _answer(self, generation: Generation, prefill: float) -> Answer:
+    def _answer(self, generation: Generation, seconds: float = 0.0, chunk: int = 0) -> Answer:
         text = StopStrings(self.model.chat.decode, self.example.stop).cut(self.model.chat.decode(generation.tokens))
         resumed = [len(self.partial.earlier.tokens)] if self.partial.earlier else []
-        return Answer(text, generation, len(self.example.input_ids), prefill, self.example, resumed_at=resumed)
+        return Answer(text, generation, len(self.example.input_ids), seconds, self.example, resumed_at=resumed, prefill_chunk=chunk)
+
+
+def prefill(engine: Engine, ids: list[int], *options) -> Prompt:
+    """``Engine.prefill``; where memory does not suffice, with smaller chunks, whose activations need less of it."""
+    chunk = engine.chunk
+    while True:
+        try:
+            return engine.prefill(ids, *options, chunk=chunk)
+        except (RuntimeError, MemoryError) as error:
+            smaller = min(chunk, len(ids)) // 2
+            if not out_of_memory(error) or smaller < SMALLEST_CHUNK:
+                raise
+        engine.release()  # only now have the frames of the failed call let go of its tensors
+        chunk = smaller
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a GPU or, where torch raises plain RuntimeErrors, on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _attempt(engine: Engine, make: Callable):
@@ -176,6 +201,6 @@ def _attempt(engine: Engine, make: Callable):
     except EXAMPLE_ERRORS as error:
         found = error.with_traceback(None)  # whose frames would keep every tensor of the failed call
         found.__context__ = None
-    if isinstance(found, torch.OutOfMemoryError):
+    if out_of_memory(found):
         engine.release()
     return found

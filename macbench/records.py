@@ -1,18 +1,21 @@
 """What a run writes: one folder, three parquet tables in parts, and a summary. Nothing here knows how records were made.
 
     runs/<task>/<model>/<ctx>/<method>-<hash8>/
-        config.yaml  environment.json  summary.json
+        config.yaml  environment.json  asked.json  summary.json
         samples/part-*.parquet   a row per example and method variant
         steps/part-*.parquet     a row per decode step
         layers/part-*.parquet    a row per example, variant and layer
 
 A part is written whole (temporary file, fsync, rename), so that a killed run leaves complete parts only. The sample part of an
-example is written last: an example counts as done when it is there, and a rerun makes only what is missing.
+example is written last: an example counts as done when it is there, and a rerun makes only what is missing. A part's name follows from
+its example, so that however many processes work on a run (see ``leases.py``) there is one row per example and variant.
 """
 
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
-from macbench.files import write_whole
+from macbench.files import SCRATCH, write_whole
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
 _COUNTS = [
@@ -81,6 +84,20 @@ def config_hash(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def find_runs(root: Path) -> Iterator[Path]:
+    """Run folders at or below ``root``, in order."""
+    for folder, below, files in os.walk(root):
+        if "environment.json" in files and "samples" in below:
+            yield Path(folder)
+            below.clear()
+        below.sort()
+
+
+def part_name(subtask: str, example_id: str) -> str:
+    """Name of the parts of an example, without the suffix."""
+    return "part-" + hashlib.sha256(f"{subtask}/{example_id}".encode()).hexdigest()[:16]
+
+
 class RunDirectory:
     """A run's folder, opened for writing."""
 
@@ -101,15 +118,15 @@ class RunDirectory:
         """Write a small file whole."""
         self._whole(self.path / name, lambda file: file.write(text.encode()))
 
-    def write_example(self, key: str, tables: dict[str, list[dict]], environment: dict) -> None:
-        """Write all rows of one example; ``key`` names the parts, ``environment`` (small, JSON) goes into the parquet metadata."""
-        name = "part-" + hashlib.sha256(key.encode()).hexdigest()[:16] + ".parquet"
+    def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
+        """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata."""
+        name = part + ".parquet"
         metadata = {"macbench": json.dumps(environment)}
         for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
             rows = tables[table]
             schema = SCHEMAS[table].with_metadata(metadata)
             data = pa.Table.from_pylist(rows, schema=schema)
-            self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd"))
+            self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
 
     def _whole(self, target: Path, write) -> None:
         try:
@@ -117,10 +134,29 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
 
-    def done(self) -> set[tuple[str, str, str, str]]:
-        """Keys (method, variant, subtask, example_id) of the examples that finished without an error."""
+    def done(self, retry_failed: bool = False) -> set[tuple[str, str, str, str]]:
+        """Keys (method, variant, subtask, example_id) of the examples that are recorded; ``retry_failed``: without an error."""
         frame = read_table(self.path, "samples", [*KEY, "error"], complete=True)
-        return set(frame[frame.error.isna()][KEY].itertuples(index=False, name=None))
+        return set(frame[frame.error.isna() | (not retry_failed)][KEY].itertuples(index=False, name=None))
+
+    def tidy(self) -> None:
+        """Remove what killed writers left of a part; nobody else may be writing."""
+        for folder in (self.path, *(self.path / table for table in SCHEMAS)):
+            for scratch in folder.glob(SCRATCH + "*"):
+                scratch.unlink(missing_ok=True)
+
+    def stamp(self, part: str) -> tuple[int, int] | None:
+        """Changes whenever the sample part of an example is written; None without one."""
+        try:
+            found = (self.path / "samples" / f"{part}.parquet").stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """The ``stamp`` of every sample part."""
+        parts = [path.stem for path in (self.path / "samples").glob("part-*.parquet")]
+        return {part: stamp for part in parts if (stamp := self.stamp(part))}
 
 
 def read_table(path: Path | str, table: str, columns: list[str] | None = None, complete: bool = False) -> pd.DataFrame:

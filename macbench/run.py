@@ -5,23 +5,26 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
-from macbench_kernels import UnsupportedError, kernels
+from macbench_kernels import Kernels, UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import budget, cli, environment, judging, loggers, partial, settings
+from macbench import asked, budget, cli, environment, judging, loggers, partial, settings
+from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
+from macbench.leases import Leases
+from macbench.models.chat import Chat
+from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
@@ -29,10 +32,11 @@ from macbench.settings import Variant
 from macbench.summary import drift, summarise
 from macbench.tables import format_frame, format_summary
 from macbench.tasks.base import Example, Task, count, guesses
+from macbench.work import Work
 
 # Where a run goes, how far it gets and where its data lies do not change what is measured; they are no part of its identity.
 # Nor do judges: they read texts that are there already, and their verdicts lie in folders of their own.
-OUTPUT_KEYS = ("runs_dir", "limit", "logger", "device", "judge")
+OUTPUT_KEYS = ("runs_dir", "limit", "shard", "retry", "logger", "device", "judge")
 LOCATION_KEYS = ("data_path", "data_sha256")
 # Generated tokens per row of the table that shows drift over long generations.
 DRIFT_WINDOW = 1000
@@ -45,6 +49,61 @@ def run(cfg: DictConfig) -> int:
         return run_attention(cfg)
     if cfg.task.name == "decode":
         return run_decode(cfg)
+    plan = prepare(cfg)
+    if hasattr(plan.task, "checks"):
+        judging.prepare(cfg.judge)  # a missing key or model shows now, not after an hour
+    directory = open_directory(cfg, plan)
+    for note in plan.notes:
+        print(f"macbench: note: {note}", file=sys.stderr)
+    work = pending(cfg, plan, directory)
+    directory.write_text(asked.FILE, plan.asked.text())
+    if work:
+        model = load(cfg.model, plan.device, plan.chat)
+        engine = make_engine(cfg, plan, model)
+        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+        for note in environment.continued(directory.path, facts):
+            print(f"macbench: note: {note}", file=sys.stderr)
+        directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        protocol = {"protocol": plan.task.protocol(), "identity": identity(cfg, plan)}
+        directory.write_text("environment.json", environment.to_json(facts | protocol))
+        with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
+            evaluate(engine, model, plan, work, directory, facts, log, cfg.follow)
+            table = report(directory, plan)
+            log.summary(table)
+    else:
+        print("nothing left to compute: all examples are recorded", file=sys.stderr)
+        table = report(directory, plan)
+    for note in budget.misses(table, plan.variants):
+        print(f"macbench: note: {note}", file=sys.stderr)
+    failed = int(table.errors.where(table.subtask != "all", 0).sum())
+    unjudged = 0
+    if hasattr(plan.task, "checks"):
+        unjudged = judging.judge_run(directory.path, plan.task, plan.asked.rows(directory.path), cfg.judge, plan.device)
+    if failed:
+        print(f"macbench: {failed} example(s) failed; their rows carry the error, retry=failed tries them again", file=sys.stderr)
+    if unjudged:
+        print(f"macbench: {unjudged} check(s) could not be judged; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
+    return 1 if failed or unjudged else 0
+
+
+@dataclass
+class Plan:
+    """What a configuration comes to before any weights are read. ``resolved``: what its automatic values became."""
+
+    ctx: int
+    device: str
+    dtype: torch.dtype
+    layer: Kernels
+    chat: Chat
+    task: Task
+    variants: list[Variant]
+    asked: Asked
+    resolved: dict
+    notes: list[str]
+
+
+def prepare(cfg: DictConfig) -> Plan:
+    """Check everything that can be checked now: methods, task and its data, sizes."""
     ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
@@ -58,40 +117,11 @@ def run(cfg: DictConfig) -> int:
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
-    for subtask in task.subtasks:
-        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
-
-    if hasattr(task, "checks"):
-        judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, resolved)
-    todo = pending(task, cfg.limit, variants, directory.done())
-    cautions = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
-    for note in dict.fromkeys(filter(None, cautions)):
-        print(f"macbench: note: {note}", file=sys.stderr)
-    if any(todo.values()):
-        model = load(cfg.model, device, chat)
-        engine = _engine(cfg, model, layer, ctx)
-        facts = environment.facts(device, layer.name, str(dtype))
-        directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
-        with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
-            evaluate(engine, model, task, variants, todo, directory, facts, log, cfg.follow)
-            table = report(directory, task, cfg.limit, variants)
-            log.summary(table)
-    else:
-        print("nothing left to compute: all examples are recorded", file=sys.stderr)
-        table = report(directory, task, cfg.limit, variants)
-    for note in budget.misses(table, variants):
-        print(f"macbench: note: {note}", file=sys.stderr)
-    failed = int(table.errors.where(table.subtask != "all", 0).sum())
-    unjudged = 0
-    if hasattr(task, "checks"):
-        unjudged = judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device)
-    if failed:
-        print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
-    if unjudged:
-        print(f"macbench: {unjudged} check(s) could not be judged; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
-    return 1 if failed or unjudged else 0
+    wanted = Asked({subtask: count(task, subtask, cfg.limit) for subtask in task.subtasks}, [[v.name, v.label] for v in variants])
+    for subtask, examples in wanted.examples.items():
+        task.example(subtask, examples - 1)  # missing data or too small a ctx shows now, not after an hour
+    notes = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
+    return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))))
 
 
 def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
@@ -125,13 +155,13 @@ def run_decode(cfg: DictConfig) -> int:
     return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
 
 
-def _engine(cfg: DictConfig, model: LoadedModel, layer, ctx: int) -> Engine:
+def make_engine(cfg: DictConfig, plan: Plan, model: LoadedModel) -> Engine:
     batch = cfg.batch or 1
     try:
-        return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
+        return Engine(model.network, plan.layer, plan.ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
     except (RuntimeError, MemoryError) as error:
-        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
-        raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
+        said = f"the KV cache of {batch} x {plan.ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
+        raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else plan.ctx, said) from error
 
 
 def _kernels(backend: str, device: str):
@@ -153,52 +183,56 @@ def model_name(cfg: DictConfig) -> str:
     return cfg.model.name if cfg.model.path == own else Path(str(cfg.model.path)).name
 
 
-def open_directory(cfg: DictConfig, task: Task, resolved: dict) -> RunDirectory:
-    """runs/<task>/<model>/<ctx>/<method>-<hash8>: the hash is over everything that can change a number.
-
-    That is the configuration, what its automatic values came to (``resolved``: ctx, dtype, backend) and the data's own hashes.
-    """
+def identity(cfg: DictConfig, plan: Plan) -> dict:
+    """Everything that can change a number but the task's protocol: the configuration and what its automatic values came to."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    identity = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | resolved | {"protocol": task.protocol()}
-    identity["task"] = {key: value for key, value in identity["task"].items() if key not in LOCATION_KEYS}
-    name = f"{cfg.method.name}-{config_hash(identity)}"
-    return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(resolved["ctx"]) / name)
+    found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
+    found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
+    return found
 
 
-def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -> dict[str, list[int]]:
-    """Indices of the examples of each subtask that are not recorded for every variant."""
+def run_name(cfg: DictConfig, plan: Plan) -> str:
+    """<method>-<hash8>: the hash is over the run's ``identity`` and the protocol, which has the data's hashes."""
+    return f"{cfg.method.name}-{config_hash(identity(cfg, plan) | {'protocol': plan.task.protocol()})}"
+
+
+def open_directory(cfg: DictConfig, plan: Plan) -> RunDirectory:
+    """runs/<task>/<model>/<ctx>/<method>-<hash8>."""
+    return RunDirectory(Path(cfg.runs_dir) / plan.task.name / model_name(cfg) / str(plan.ctx) / run_name(cfg, plan))
+
+
+def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
+    """The examples of this shard that are not recorded for every variant."""
+    stamps = directory.stamps()
+    done = directory.done(retry_failed=cfg.retry == "failed")
 
     def missing(subtask: str, index: int) -> bool:
-        return any((v.name, v.label, subtask, str(index)) not in done for v in variants)
+        return any((v.name, v.label, subtask, str(index)) not in done for v in plan.variants)
 
-    return {subtask: [i for i in range(count(task, subtask, limit)) if missing(subtask, i)] for subtask in task.subtasks}
+    mine = settings.share(plan.asked.places(), cfg.shard)
+    return Work(directory, [place for place in mine if missing(*place)], stamps)
 
 
-def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log, follow: int) -> None:
-    """Make and record every missing example."""
-    with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
-        for group in batched(examples(task, todo), engine.batch):
-            bar.set_description(group[0].subtask)
-            made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage), follow)
-            for example, answered in zip(group, made, strict=True):
+def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directory: RunDirectory, facts: dict, log, follow: int) -> None:
+    """Make and record every missing example that no other process makes."""
+    task, variants = plan.task, plan.variants
+    with Leases(directory.path) as leases, tqdm(total=len(work), unit="example", dynamic_ncols=True) as bar:
+        waiting = lambda left: bar.set_description(f"{left} left to other processes")  # noqa: E731
+        for group in work.groups(leases, engine.batch, waiting):
+            bar.update(bar.total - len(work) - bar.n)  # others' as well
+            bar.set_description(group[0][0])
+            examples = [task.example(*place) for place in group]
+            made = answers(engine, model, task, variants, examples, directory.path, lambda stage: _rate(bar, stage), follow)
+            for place, example, answered in zip(group, examples, made, strict=True):
+                if work.made(place):
+                    continue  # by who took the lease over from a process that slept too long
                 tables = records(engine, task, variants, example, answered, directory.run_id)
-                directory.write_example(f"{example.subtask}/{example.example_id}", tables, facts)
+                directory.write_example(work.left[place], tables, facts)
                 partial.clear(directory.path, example)
                 log.example(tables["samples"])
-                bar.update()
-
-
-def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
-    for subtask, indices in todo.items():
-        for index in indices:
-            yield task.example(subtask, index)
-
-
-def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of ``size`` items, the last one shorter."""
-    items = iter(items)
-    while group := list(islice(items, size)):
-        yield group
+        bar.update(bar.total - bar.n)
+    if leases.last:
+        directory.tidy()
 
 
 def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
@@ -214,6 +248,7 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             texts[i] = answer.generation.tokens
             meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
             meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
+            meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"] += step_rows(answer.generation, key)
@@ -251,26 +286,16 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}"
 
 
-def asked(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
-    """Sample rows of the examples that this command asked for, in its order."""
-    samples = read_table(directory.path, "samples")
-    wanted = {(subtask, str(i)) for subtask in task.subtasks for i in range(count(task, subtask, limit))}
-    samples = samples[[pair in wanted for pair in zip(samples.subtask, samples.example_id, strict=True)]]
-    order = {(v.name, v.label): i for i, v in enumerate(variants)}
-    rank = [order.get(pair, len(order)) for pair in zip(samples.method, samples.variant, strict=True)]
-    place = {subtask: i for i, subtask in enumerate(task.subtasks)}
-    return (
-        samples.assign(_rank=rank, _place=samples.subtask.map(place))
-        .sort_values(["_rank", "_place"], kind="stable")
-        .drop(columns=["_rank", "_place"])
-    )
-
-
-def report(directory: RunDirectory, task: Task, limit: int, variants: list[Variant]):
+def report(directory: RunDirectory, plan: Plan):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
-    samples = asked(directory, task, limit, variants)
-    table = summarise(samples, guesses(task, samples))
-    directory.write_text("summary.json", table.to_json(orient="records", indent=1))
+    task, stamps = plan.task, None
+    while stamps != (stamps := directory.stamps()):  # another process's last rows must not be missing from the table that stays
+        samples = plan.asked.rows(directory.path)
+        table = summarise(samples, guesses(task, samples))
+        directory.write_text("summary.json", table.to_json(orient="records", indent=1))
+    missing = len(plan.asked.places()) - samples.groupby(["subtask", "example_id"]).ngroups
+    if missing:
+        print(f"macbench: note: {missing} example(s) are left to other shards", file=sys.stderr)
     print(protocol_card(task.protocol()), file=sys.stderr)
     print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
@@ -304,9 +329,9 @@ def _guarded(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
-        code = 130
+        code = 143 if isinstance(stop, interrupt.Terminated) else 130
     if code:
         sys.exit(code)
 

@@ -56,6 +56,8 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
     if cfg.task.name not in SYNTHETIC:
         _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
+    _expect(cfg, "retry", "null, or failed: examples that ended with an error are made again", lambda v: v in (None, "failed"))
+    share([], cfg.get("shard"))
     _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
@@ -68,6 +70,14 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
     for key in ("path", "gguf", "revision"):
         _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or isinstance(v, str))
+
+
+def share(items: list, shard: object) -> list:
+    """Every n-th item, beginning with the i-th, for a shard ``i/n``; all of them without one."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(shard)) if shard is not None else None
+    if shard is not None and (not found or int(found[1]) > int(found[2])):
+        raise ConfigError("shard", shard, "must be null or i/n with i from 1 to n, such as 1/4 for the first of four shares")
+    return items[int(found[1]) - 1 :: int(found[2])] if found else items
 
 
 def budgets(cfg: DictConfig) -> list:

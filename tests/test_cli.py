@@ -94,6 +94,8 @@ def samples(tmp_path) -> pd.DataFrame:
         (["batch=[1,2]"], ["batch=[1, 2]", "at least 1"]),
         (["engine.graph=maybe"], ["engine.graph=maybe", "true or false"]),
         (["follow=-1"], ["follow=-1"]),
+        *[([f"shard={value}"], [f"shard={value}", "1/4"]) for value in ("0/4", "5/4", "1/0", "4", "a/b")],
+        (["retry=all"], ["retry=all", "failed"]),
         (["backend=tritn"], ["backend=tritn", "auto, torch, triton"]),
         (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
         (["model.dtype=int3", "logger=none"], ["model.dtype=int3", "bfloat16"]),
@@ -207,7 +209,8 @@ def test_a_run_writes_every_table_and_the_same_command_resumes(macbench, tiny_ar
     assert code == 0
     assert "rho_bytes" in out
     (folder,) = (tmp_path / "runs" / "ruler").glob("tiny-llama*/512/mac-*")
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "environment.json", "summary.json", "samples", "steps", "layers"}
+    files = {"asked.json", "config.yaml", "environment.json", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == files | {"samples", "steps", "layers"}
     frame = samples(tmp_path)
     assert sorted(zip(frame.method, frame.example_id, strict=True)) == [("full", "0"), ("full", "1"), ("mac", "0"), ("mac", "1")]
     assert (frame.prompt_tokens + 128 <= 512).all()
@@ -304,9 +307,13 @@ def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_
     assert frame.error.notna().tolist() == [False, True, False]
     assert "engine.prefill_chunk" in frame.error["1"]
     monkeypatch.setattr(run_module.Engine, "prepared", prepared)
-    code, _, _ = macbench(*tiny_args, "method=full", "limit=3")
+    code, _, err = macbench(*tiny_args, "method=full", "limit=3")
+    assert code == 1 and "nothing left to compute" in err and "retry=failed" in err
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("part-*.parquet")}
+    code, _, _ = macbench(*tiny_args, "method=full", "limit=3", "retry=failed")
     assert code == 0
     assert samples(tmp_path).error.isna().all()
+    assert sum(p.stat().st_mtime_ns != stamp for p, stamp in before.items()) == 3  # the tables of the one that had failed
 
 
 def test_a_damaged_part_is_named(macbench, tiny_args, tmp_path):

@@ -1,0 +1,47 @@
+"""What a command asked of a run: how many examples of each subtask, and which variants, in the order of its tables."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from macbench.errors import ConfigError, one_line
+from macbench.records import read_table
+
+FILE = "asked.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``examples``: number by subtask, indices from 0. ``variants``: [method, label]."""
+
+    examples: dict[str, int]
+    variants: list[list[str]]
+
+    def places(self) -> list[tuple[str, int]]:
+        """(subtask, index) of every example."""
+        return [(subtask, index) for subtask, number in self.examples.items() for index in range(number)]
+
+    def rows(self, run: Path) -> pd.DataFrame:
+        """The sample rows of these examples, in this order."""
+        samples = read_table(run, "samples")
+        those = {(subtask, str(index)) for subtask, index in self.places()}
+        samples = samples[[pair in those for pair in zip(samples.subtask, samples.example_id, strict=True)]]
+        order = {tuple(variant): i for i, variant in enumerate(self.variants)}
+        rank = [order.get(pair, len(order)) for pair in zip(samples.method, samples.variant, strict=True)]
+        place = {subtask: i for i, subtask in enumerate(self.examples)}
+        samples = samples.assign(_rank=rank, _place=samples.subtask.map(place))
+        return samples.sort_values(["_rank", "_place"], kind="stable").drop(columns=["_rank", "_place"])
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def read(run: Path) -> Asked:
+    """Of the last command that worked on a run."""
+    try:
+        found = json.loads((run / FILE).read_text())
+        return Asked({str(k): int(n) for k, n in found["examples"].items()}, [list(map(str, v)) for v in found["variants"]])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError("RUN", run, f"has no usable {FILE} ({one_line(error)}); run its command again") from None

@@ -1,0 +1,61 @@
+"""Make some examples of a run again and compare: same texts, same counts, row by row."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from macbench import environment
+from macbench import run as runner
+from macbench.counting import TOTALS
+from macbench.errors import ConfigError
+from macbench.generate import answers
+from macbench.models.fingerprint import weights_sha256
+from macbench.models.weights import load
+
+# Of a sample row; times differ, and ratios follow from counts.
+_SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decode_steps", *TOTALS)
+
+
+def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice: random.Random, device: str, found) -> None:
+    """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.device = device
+    plan = runner.prepare(cfg)
+    name = runner.run_name(cfg, plan)
+    if name != run.resolve().name:
+        raise ConfigError("RUN", run, f"its configuration now makes {name}: data, protocol or defaults changed, or dtype and backend on this device")
+    model = load(cfg.model, plan.device, plan.chat)
+    now = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+    found.notes += environment.continued(run, now)
+    samples = tables["samples"]
+    resumed = samples.meta.str.contains('"resumed_at"', na=False) | samples.error.notna()
+    groups = samples.assign(resumed=resumed).groupby(["subtask", "example_id"]).resumed.any()
+    places = sorted(groups.index[~groups])
+    chosen = choice.sample(places, min(examples, len(places)))
+    engine = runner.make_engine(cfg, plan, model)
+    for start in range(0, len(chosen), engine.batch):
+        group = [plan.task.example(subtask, int(index)) for subtask, index in chosen[start : start + engine.batch]]
+        with tempfile.TemporaryDirectory() as scratch:
+            made = answers(engine, model, plan.task, plan.variants, group, Path(scratch), lambda stage: lambda tokens: None)
+        for example, answered in zip(group, made, strict=True):
+            again = pd.DataFrame(runner.records(engine, plan.task, plan.variants, example, answered, run.name)["samples"])
+            mine = samples[(samples.subtask == example.subtask) & (samples.example_id == example.example_id)]
+            found.wrong += _differences(mine, again)
+    if chosen:
+        found.notes.append(f"made again: {', '.join(f'{subtask} {index}' for subtask, index in chosen)}")
+
+
+def _differences(recorded: pd.DataFrame, again: pd.DataFrame) -> list[str]:
+    lines = []
+    for row in recorded.itertuples():
+        (new,) = again[(again.method == row.method) & (again.variant == row.variant)].to_dict("records")
+        if new.get("error"):
+            different = [f"error: {new['error']}"]
+        else:
+            different = [column for column in _SAME if new[column] != getattr(row, column)]
+        if different:
+            lines.append(f"{row.method} {row.variant} {row.subtask} {row.example_id} made again differs in {', '.join(different)}")
+    return lines

@@ -1,0 +1,183 @@
+"""Is a run what it says it is? ``python -m macbench.verify RUN [RUN ...] [examples=2] [seed=0] [device=auto]``.
+
+Checks the name against the hash of what the run measures, every parquet part (schema, page checksums, keys), that the three tables add
+up to the same counts, that nothing is missing, and that ``summary.json`` follows from the parts. Then makes ``examples`` randomly chosen
+examples again, nowhere near the run, and compares texts and counts. Exit code 1 if anything is wrong.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from macbench import asked
+from macbench.counting import TOTALS
+from macbench.environment import label
+from macbench.errors import ConfigError, one_line
+from macbench.records import KEY, SCHEMAS, config_hash, find_runs, part_name
+from macbench.summary import summarise
+from macbench.tasks.base import guesses
+
+
+@dataclass
+class Findings:
+    """``wrong``: what must not be. ``notes``: what one should know."""
+
+    wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") -> Findings:
+    """All checks of a run folder. ``examples``: how many to make again, on ``device``."""
+    found = Findings()
+    environment = _environment(run)
+    identity = environment.get("identity")
+    if identity is None:
+        found.notes.append("was written before runs kept what their name is a hash of")
+    elif not run.resolve().name.endswith(config_hash(identity | {"protocol": environment.get("protocol")})):
+        found.wrong.append("its name is not the hash of environment.json (identity, protocol)")
+    tables, versions = _parts(run, found)
+    if len(versions) > 1:
+        found.notes.append(f"was made by {len(versions)} versions or machines: " + "; ".join(f"{v} ({n} examples)" for v, n in versions.items()))
+    if found.wrong:
+        return found  # the rest would only repeat it
+    _sums(tables, found)
+    wanted = asked.read(run)
+    _complete(tables["samples"], wanted, found)
+    _summary(run, wanted, found)
+    if examples:
+        from macbench.regenerate import regenerate
+
+        regenerate(run, tables, examples, random.Random(seed), device, found)
+    return found
+
+
+def _environment(run: Path) -> dict:
+    try:
+        found = json.loads((run / "environment.json").read_text())
+        return found | {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("RUN", run, f"is not a run folder ({one_line(error)})") from None
+
+
+def _parts(run: Path, found: Findings) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
+    """The three tables, and how many examples each version of the code made."""
+    tables, versions = {}, {}
+    names = {table: {path.name for path in (run / table).glob("part-*.parquet")} for table in SCHEMAS}
+    for table, schema in SCHEMAS.items():
+        frames = []
+        for name in sorted(names[table]):
+            path = run / table / name
+            try:
+                data = pq.read_table(path, page_checksum_verification=True)
+            except (OSError, pa.ArrowException) as error:
+                found.wrong.append(f"{path} cannot be read ({one_line(error)})")
+                continue
+            if not data.schema.equals(schema):
+                other = {*zip(data.schema.names, data.schema.types, strict=True)} ^ {*zip(schema.names, schema.types, strict=True)}
+                found.wrong.append(f"{path} has another schema (columns {', '.join(sorted({str(column) for column, _ in other}))})")
+                continue
+            keys = set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True))
+            if len(keys) == 1 and part_name(*next(iter(keys))) != path.stem:
+                found.wrong.append(f"{path} holds rows of another example")
+            if {*data["run_id"].to_pylist()} - {run.resolve().name}:
+                found.wrong.append(f"{path} holds rows of another run")
+            if table == "samples":
+                version = label((data.schema.metadata or {}).get(b"macbench"))
+                versions[version] = versions.get(version, 0) + len(keys)
+            frames.append(data.to_pandas())
+        tables[table] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=schema.names)
+    for name in sorted(names["samples"] - names["steps"] | names["samples"] - names["layers"]):
+        found.wrong.append(f"{run / 'samples' / name} has no counterpart in steps or layers")
+    return tables, versions
+
+
+def _sums(tables: dict[str, pd.DataFrame], found: Findings) -> None:
+    """Steps and layers of an example add up to its sample row."""
+    samples = tables["samples"]
+    for row in samples[samples.duplicated(KEY)].itertuples():
+        found.wrong.append(f"{_place(row)} is recorded twice")
+    good = samples[samples.error.isna()].drop_duplicates(KEY).set_index(KEY)
+    for table in ("steps", "layers"):
+        sums = tables[table].groupby(KEY)[list(TOTALS)].sum()
+        joined = good.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
+        for name in TOTALS:
+            for key in joined.index[joined[name] != joined[f"{name}_sum"]]:
+                found.wrong.append(f"{name} of {' '.join(filter(None, key))} is not the sum of its {table}")
+    steps = tables["steps"].groupby(KEY).size().reindex(good.index, fill_value=0)
+    for key in good.index[good.decode_steps != steps]:
+        found.wrong.append(f"{' '.join(filter(None, key))} has another number of step rows than decode_steps")
+
+
+def _complete(samples: pd.DataFrame, wanted: asked.Asked, found: Findings) -> None:
+    have = set(samples[KEY].itertuples(index=False, name=None))
+    need = {(method, label, subtask, str(index)) for method, label in wanted.variants for subtask, index in wanted.places()}
+    if need - have:
+        first = " ".join(filter(None, min(need - have)))
+        found.wrong.append(f"{len(need - have)} of {len(need)} rows are missing, such as {first}")
+    failed = samples[samples.error.notna()]
+    if len(failed):
+        found.wrong.append(f"{len(failed)} rows carry an error, such as {_place(failed.iloc[0])}: {failed.error.iloc[0]}")
+
+
+def _summary(run: Path, wanted: asked.Asked, found: Findings) -> None:
+    """``summary.json`` again, from the parts."""
+    try:
+        task = get_class(OmegaConf.load(run / "config.yaml").task._target_)
+        kept = json.loads((run / "summary.json").read_text())
+    except (OSError, ImportError, AttributeError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        found.wrong.append(f"config.yaml or summary.json cannot be read ({one_line(error)})")
+        return
+    samples = wanted.rows(run)
+    table = summarise(samples, guesses(task, samples))
+    if json.loads(table.to_json(orient="records")) != kept:
+        found.wrong.append("summary.json does not follow from the parts; the run's command writes it anew")
+
+
+def _place(row) -> str:
+    return " ".join(filter(None, (row.method, row.variant, row.subtask, row.example_id)))
+
+
+def main() -> None:
+    runs, given = [a for a in sys.argv[1:] if "=" not in a], dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
+    try:
+        options = _options(given)
+        folders = [folder for run in runs for folder in (list(find_runs(Path(run))) or [Path(run)])]
+        if not folders:
+            raise ConfigError("RUN", "", "name a run folder, or one with runs below it: python -m macbench.verify runs")
+        wrong = 0
+        for run in folders:
+            found = verify(run, **options)
+            wrong += len(found.wrong)
+            print(f"{run}: {'WRONG' if found.wrong else 'as it should be'}")
+            for line in [*found.wrong, *(f"note: {note}" for note in found.notes)]:
+                print(f"  {line}")
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    if wrong:
+        sys.exit(1)
+
+
+def _options(given: dict[str, str]) -> dict:
+    options = {"examples": 2, "seed": 0, "device": "auto"}
+    for key, value in given.items():
+        if key not in options:
+            raise ConfigError(key, value, f"no such option; there are {', '.join(options)}")
+        if key != "device" and not value.isdecimal():
+            raise ConfigError(key, value, "must be a number, 0 or more")
+        options[key] = value if key == "device" else int(value)
+    return options
+
+
+if __name__ == "__main__":
+    main()

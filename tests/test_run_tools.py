@@ -1,0 +1,242 @@
+"""status, verify and merge on real runs of a tiny model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from macbench import environment, merge, status, verify
+from macbench.leases import Leases
+from macbench.records import SCHEMAS, part_name
+from tests import kills
+from tests.test_cli import macbench  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(runs, arguments) of a finished run of four examples; copied by every test."""
+    folder = tmp_path_factory.mktemp("made")
+    args = kills.arguments(kills.tiny_model(folder / "model"), folder / "runs", 4)
+    subprocess.run([sys.executable, "-m", "macbench.run", *args], check=True, capture_output=True, timeout=120)
+    return folder / "runs", args
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    shutil.copytree(made[0], tmp_path / "runs")
+    (config,) = (tmp_path / "runs").rglob("config.yaml")
+    return config.parent
+
+
+@pytest.fixture
+def again(made, tmp_path):
+    """The command of ``run``, on the copy."""
+    return [a if not a.startswith("runs_dir=") else f"runs_dir={tmp_path / 'runs'}" for a in made[1]]
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def rewrite(path: Path, change) -> None:
+    """Change a part's rows, as somebody with an editor would: a valid file, made by nobody."""
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def first(run: Path, table: str) -> Path:
+    return run / table / f"{part_name('niah_single_1', '0')}.parquet"
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_verifies_and_its_examples_come_out_again(run, tool):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    code, out, err = tool(verify, run, "examples=2", "device=cpu")
+    assert code == 0, out + err
+    assert "as it should be" in out and out.count("niah_single_1 ") == 2
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "said"),
+    [
+        ("samples", lambda rows: rows[0].update(tokens_log=rows[0]["tokens_log"] - 1), "tokens_log of"),
+        ("samples", lambda rows: rows[0].update(score=0.123), "summary.json does not follow"),
+        ("samples", lambda rows: rows.append(rows[0]), "recorded twice"),
+        ("samples", lambda rows: rows.pop(), "rows are missing"),
+        ("samples", lambda rows: [row.update(example_id="7") for row in rows], "rows of another example"),
+        ("samples", lambda rows: [row.update(run_id="mac-00000000") for row in rows], "rows of another run"),
+        ("samples", lambda rows: rows[0].update(error="RuntimeError: no"), "carry an error"),
+        ("steps", lambda rows: rows.pop(), "is not the sum of its steps"),
+        ("layers", lambda rows: rows[0].update(bytes_kv=0), "bytes_kv of"),
+    ],
+)
+def test_what_is_wrong_is_found(run, tool, table, change, said):
+    rewrite(first(run, table), change)
+    code, out, _ = tool(verify, run, "examples=0")
+    assert code == 1 and "WRONG" in out and said in out
+
+
+def test_a_flipped_bit_is_found(run):
+    """Anywhere in the column of texts: either nothing that is read changes (statistics in a header), or the page's checksum tells."""
+    part = first(run, "samples")
+    whole, table = part.read_bytes(), pq.read_table(part)
+    column = pq.read_metadata(part).row_group(0).column(SCHEMAS["samples"].names.index("text"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    told = 0
+    for place in range(start, start + column.total_compressed_size, column.total_compressed_size // 12):
+        content = bytearray(whole)
+        content[place] ^= 1
+        part.write_bytes(content)
+        found = verify.verify(run)
+        assert found.wrong or pq.read_table(part).equals(table), place
+        told += bool(found.wrong)
+    assert told > 3
+
+
+def test_changed_identity_and_schema_are_found(run, tool):
+    facts = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(facts | {"identity": facts["identity"] | {"seed": 43}}))
+    assert "is not the hash" in tool(verify, run, "examples=0")[1]
+    part = first(run, "steps")
+    pq.write_table(pq.read_table(part).drop_columns(["chain_max"]), part)
+    assert "another schema" in tool(verify, run, "examples=0")[1]
+
+
+def test_a_text_that_no_model_wrote_is_found(run, tool):
+    """Consistent in itself; only making the example again shows it."""
+    for part in (run / "samples").iterdir():
+        rewrite(part, lambda rows: rows[0].update(text=rows[0]["text"] + "!"))
+    assert tool(verify, run, "examples=0")[0] == 0
+    code, out, _ = tool(verify, run, "examples=1", "device=cpu")
+    assert code == 1 and "made again differs in text" in out
+
+
+# -- two versions of the code, other weights --------------------------------------------------------------------------
+
+
+def test_two_versions_of_the_code_on_one_run(run, again, macbench, tool, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(environment, "commit", lambda: {"commit": "f" * 40, "dirty": False})
+    code, _, err = macbench(*again, "limit=5")
+    assert code == 0 and "the run was begun with" in err and "now ffffffffff" in err
+    code, out, _ = tool(verify, run, "examples=0")
+    assert code == 0 and "made by 2 versions" in out and "(4 examples)" in out and "ffffffffff" in out and "(1 examples)" in out
+
+
+def test_other_weights_are_another_run(run, again, macbench):  # noqa: F811
+    facts = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(facts | {"weights_sha256": "0" * 64}))
+    code, _, err = macbench(*again, "limit=5")
+    assert code == 2 and "other weights" in err and err.count("\n") == 1
+
+
+# -- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_status_counts_what_is_done_failed_running_and_missing(run, tool):
+    asked = json.loads((run / "asked.json").read_text())
+    asked["examples"]["niah_single_1"] = 9
+    (run / "asked.json").write_text(json.dumps(asked))
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(error="RuntimeError: no"))
+    worker = Leases(run)
+    assert worker.claim(part_name("niah_single_1", "5")) and worker.claim(part_name("niah_single_1", "6"))
+    (run / "leases" / f"{part_name('niah_single_1', '7')}.0").symlink_to("worker-that-died")
+    for part in (run / "samples").iterdir():  # an hour from when the worker began to the newest
+        os.utime(part, (worker._file and part.stat().st_atime, status.datetime.now().timestamp() + 3600))
+    found = status.status(run)
+    assert [found[k] for k in ("examples", "done", "failed", "running", "missing")] == [9, 3, 1, 2, 3]
+    assert found["per hour"] == "4" and found["left"].startswith("1:1") and found["workers"].endswith(f":{os.getpid()}")
+    code, out, _ = tool(status, run.parents[3])
+    assert code == 0 and run.name in out
+    worker.close()
+    assert status.status(run)["running"] == 0 and status.status(run)["per hour"] == "-"
+
+
+def test_status_goes_on_past_a_damaged_run(run, tool):
+    part = first(run, "samples")
+    part.write_bytes(part.read_bytes()[:60])
+    code, out, err = tool(status, run.parents[3])
+    assert code == 0 and part.name in err and "no runs" in out
+
+
+# -- merge ------------------------------------------------------------------------------------------------------------
+
+
+def test_merged_shards_are_the_whole(made, tmp_path, macbench, tool):  # noqa: F811
+    for i in (1, 2):
+        args = [a if not a.startswith("runs_dir=") else f"runs_dir={tmp_path / f'machine-{i}'}" for a in made[1]]
+        assert macbench(*args, f"shard={i}/2")[0] == 0
+    code, out, err = tool(merge, tmp_path / "runs", tmp_path / "machine-1", tmp_path / "machine-2")
+    assert code == 0, err
+    assert out.count("2 taken, 0 kept") == 2
+    merged, whole = kills.tables(tmp_path / "runs"), kills.tables(made[0])
+    for table in SCHEMAS:
+        pd.testing.assert_frame_equal(merged[table], whole[table])
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("summary.json"))
+    assert tool(verify, run, "examples=0")[0] == 0
+    code, out, _ = tool(merge, tmp_path / "runs", tmp_path / "machine-2")
+    assert code == 0 and "0 taken, 2 kept, 0 different" in out
+
+
+def test_a_failed_example_is_replaced_by_a_good_one_and_never_the_other_way(run, made, tmp_path, tool):
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(error="RuntimeError: no"))
+    code, out, _ = tool(merge, tmp_path / "runs", made[0])
+    assert code == 0 and "1 taken, 3 kept" in out and tool(verify, run, "examples=0")[0] == 0
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(error="RuntimeError: no"))
+    shutil.copytree(made[0], tmp_path / "good")
+    assert "0 taken, 4 kept" in tool(merge, tmp_path / "good", tmp_path / "runs")[1]
+
+
+@pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "cut", "busy", "itself", "nothing"])
+def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
+    args = [made[0], tmp_path / "runs"]
+    copied = tmp_path / "target"
+    shutil.copytree(made[0], copied)
+    args[0], worker = copied, None
+    if change in ("protocol", "identity"):
+        facts = json.loads((run / "environment.json").read_text())
+        facts[change] |= {"seed": 43}
+        (run / "environment.json").write_text(json.dumps(facts))
+    elif change == "schema":
+        part = first(run, "samples")
+        pq.write_table(pq.read_table(part).drop_columns(["kl_mean"]), part)
+    elif change == "name":
+        run.rename(run.with_name("mac-00000000"))
+    elif change == "cut":
+        first(run, "samples").write_bytes(b"PAR1")
+    elif change == "busy":
+        worker = Leases(copied / run.relative_to(tmp_path / "runs"))
+        assert worker.claim(part_name("niah_single_1", "0"))
+    elif change == "itself":
+        args[1] = run
+    else:
+        args[1] = tmp_path / "no-such-folder"
+    before = {p: p.read_bytes() for p in copied.rglob("*.parquet")}
+    code, _, err = tool(merge, *args)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("macbench: "), err
+    assert before == {p: p.read_bytes() for p in copied.rglob("*.parquet")}
+    if worker:
+        worker.close()

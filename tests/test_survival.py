@@ -1,0 +1,134 @@
+"""Runs that go on: kills, several processes on one run, shards, memory that does not suffice. Real commands on a tiny model."""
+
+import json
+import signal
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from macbench import generate
+from macbench import run as run_module
+from macbench.engine import Engine
+from macbench.leases import Leases
+from macbench.records import KEY, SCHEMAS, part_name
+from tests import kills
+from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
+
+SHORT = ["method=mac", "compare=[full]", "method.min_context=0", "method.window=64", "method.band=16"]
+
+
+def test_kills_lose_nothing_and_repeat_little(tmp_path):
+    """The quick version of ``python -m tests.kills``."""
+    found = kills.killed(tmp_path, kills=4, examples=24, workers=2)
+    assert found["kills"] == 4 and found["exit codes"] == [0, 0]
+    assert (found["examples"], found["lost"], found["duplicates"], found["left behind"]) == (24, 0, 0, [])
+    assert found["begun again"] <= found["kills"]
+    assert all(found["same rows"].values()), found
+
+
+def test_sigterm_gives_the_leases_back(tmp_path):
+    """What a cluster sends before SIGKILL: finished examples stay, no lease is left for others to wait for."""
+    context, log, runs = kills.forks(), tmp_path / "log", tmp_path / "runs"
+    model = kills.tiny_model(tmp_path / "model")
+    process = kills.start(context, kills.arguments(model, runs, 4000), log)
+    deadline = time.time() + 120
+    while kills.parts(runs) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert kills.finish([process], 60) == [128 + signal.SIGTERM]
+    assert kills.parts(runs) >= 2 and not list(runs.rglob("leases"))
+    assert not [p for p in runs.rglob("*") if p.name.startswith(".")]
+
+
+def test_a_process_makes_what_no_other_has_and_waits_for_the_rest(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """Another worker holds one of three examples and dies while this one waits."""
+    args = [*tiny_args, "method=full"]
+    assert macbench(*args, "limit=1")[0] == 0
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    other = Leases(run)
+    assert other.claim(part_name("niah_single_1", "2"))
+    slept = []
+
+    def sleep(seconds):
+        slept.append(len(samples(tmp_path)))
+        if len(slept) == 3:
+            other.close()
+
+    monkeypatch.setattr("macbench.work.sleep", sleep)
+    assert macbench(*args, "limit=4")[0] == 0
+    assert slept == [3, 3, 3] and len(samples(tmp_path)) == 4 and not (run / "leases").exists()
+
+
+def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """A copy of this run appears after this command looked what there is: all of it is taken as it is."""
+    args = [*tiny_args, "method=full", "limit=3"]
+    assert macbench(*args)[0] == 0
+    (folder,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    hidden = tmp_path / "hidden"
+    folder.rename(hidden)
+    load = run_module.load
+
+    def appears(*args):
+        for table in SCHEMAS:
+            for part in (hidden / table).iterdir():
+                part.rename(folder / table / part.name)
+        return load(*args)
+
+    monkeypatch.setattr(run_module, "load", appears)
+    monkeypatch.setattr(Engine, "prefill", None)
+    code, out, _ = macbench(*args)
+    assert code == 0 and "niah_single_1" in out and len(samples(tmp_path)) == 3
+
+
+def test_shards_are_the_whole(macbench, tmp_path):  # noqa: F811
+    base = kills.arguments(kills.tiny_model(tmp_path / "model"), tmp_path / "runs", 6)
+    counts = []
+    for i in (1, 2, 3, 4):
+        code, out, err = macbench(*base, f"shard={i}/4")
+        assert code == 0, err
+        counts.append(len(samples(tmp_path)) // 2)
+        assert ("left to other shards" in err) == (i < 4)
+    assert counts == [2, 4, 5, 6]
+    sharded = kills.tables(tmp_path / "runs")
+    code, again, err = macbench(*base)
+    assert code == 0 and "nothing left" in err and again == out
+    (tmp_path / "runs").rename(tmp_path / "sharded")
+    assert macbench(*base)[0] == 0
+    whole = kills.tables(tmp_path / "runs")
+    for table in SCHEMAS:
+        pd.testing.assert_frame_equal(sharded[table], whole[table])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_prefills_in_smaller_chunks(macbench, tiny_args, tmp_path, monkeypatch, error):  # noqa: F811
+    prefill, tried = Engine.prefill, []
+
+    def small(self, ids, *args, chunk=None, **kwargs):
+        tried.append(chunk)
+        if chunk > 250:
+            raise error
+        return prefill(self, ids, *args, chunk=chunk, **kwargs)
+
+    args = [*tiny_args, *SHORT, "ctx=1k", "limit=2"]
+    assert macbench(*args)[0] == 0
+    whole = samples(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "before")
+    monkeypatch.setattr(Engine, "prefill", small)
+    assert macbench(*args)[0] == 0
+    made = samples(tmp_path)
+    assert tried[0] == 4096 and min(tried) > generate.SMALLEST_CHUNK
+    assert made.error.isna().all() and (made.text == whole.text).all()
+    assert all(json.loads(meta)["prefill_chunk"] in {chunk for chunk in tried if chunk <= 250} for meta in made.meta)
+    assert not any("prefill_chunk" in meta for meta in whole.meta)
+
+
+def test_a_prompt_that_fits_in_no_chunk_is_a_failed_example(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    def never(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "prefill", never)
+    code, _, err = macbench(*tiny_args, "method=full", "ctx=1k", "limit=2")
+    assert code == 1 and "2 example(s) failed" in err and "Traceback" not in err
+    assert samples(tmp_path).error.str.contains("engine.prefill_chunk").all() and not samples(tmp_path).duplicated(KEY).any()

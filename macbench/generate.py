@@ -27,7 +27,7 @@ Progress = Callable[[str], Callable[[int], None]]
 class Answer:
     """What one variant made of an example. Over all calls: ``generation`` (steps, counts and tokens one after the other),
     ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before.
-    ``fidelity``: its columns, along full attention's first text."""
+    Along full attention's first text: ``fidelity``, its columns, and ``layer_errors``, of the attention outputs of each layer."""
 
     text: str
     generation: Generation
@@ -37,6 +37,7 @@ class Answer:
     earlier: list[str] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     fidelity: dict = field(default_factory=dict)
+    layer_errors: list[float | None] = field(default_factory=list)
 
     def then(self, later: "Answer") -> "Answer":
         return Answer(
@@ -48,6 +49,7 @@ class Answer:
             [*self.earlier, self.text, *later.earlier],
             self.resumed_at + later.resumed_at,
             self.fidelity,
+            self.layer_errors,
         )
 
 
@@ -121,12 +123,15 @@ def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exceptio
     if isinstance(_attempt(engine, lambda: engine.decode_batch(requests, variants[full].method, rate("follow"), meter.reference)), Exception):
         return
     for i, variant in enumerate(variants):
-        if i != full and not isinstance(
-            _attempt(engine, lambda v=variant: engine.decode_batch(requests, v.method, rate("follow"), meter.compare)), Exception
-        ):
-            for e, found in zip(feeds, meter.result(), strict=True):
-                if isinstance(made[e][i], Answer):
-                    made[e][i].fidelity = found
+        if i == full:
+            continue
+        failed = isinstance(_attempt(engine, lambda v=variant: engine.decode_batch(requests, v.measured, rate("follow"), meter.compare)), Exception)
+        found = meter.result()  # of a failed attempt, too: the next method begins anew
+        for e, agreement, errors in zip(feeds, found, [] if failed else variant.measured.errors(), strict=False):
+            if isinstance(made[e][i], Answer):
+                known = [error for error in errors if error is not None]
+                made[e][i].fidelity = agreement | {"output_error": sum(known) / len(known) if known else None}
+                made[e][i].layer_errors = errors
 
 
 class Call:
@@ -156,7 +161,7 @@ class Call:
     def request(self, prompt: Prompt) -> Request:
         example, start = self.example, self.partial.earlier.tokens if self.partial.earlier else ()
         return Request(
-            *(prompt, example.max_new_tokens, self.model.stop_ids),
+            *(prompt, example.max_new_tokens, frozenset() if example.ignore_eos else self.model.stop_ids),
             sampler=example.sampling.sampler(skip=len(start)),
             ended=StopStrings(self.model.chat.decode, example.stop),
             start=start,

@@ -55,6 +55,7 @@ SCHEMAS = {
             ("first_divergence", pa.int64()),
             ("top1_agreement", pa.float64()),
             ("kl_mean", pa.float64()),
+            ("output_error", pa.float64()),  # mean over layers
             ("meta", pa.string()),  # JSON: what the task knows of the example, and texts of earlier calls
             ("error", pa.string()),
         ]
@@ -71,7 +72,12 @@ SCHEMAS = {
             ("chain_max", pa.int64()),
         ]
     ),
-    "layers": pa.schema([*_KEY, ("layer", pa.int64()), *_COUNTS, *_RATIOS, ("chain_mean", pa.float64()), ("chain_max", pa.int64())]),
+    "layers": pa.schema(
+        [
+            *(*_KEY, ("layer", pa.int64()), *_COUNTS, *_RATIOS, ("chain_mean", pa.float64()), ("chain_max", pa.int64())),
+            ("output_error", pa.float64()),
+        ]
+    ),
 }
 KEY = ["method", "variant", "subtask", "example_id"]
 

@@ -1,5 +1,7 @@
 """From one generation to the rows of the three tables: every number is a sum of counts or a ratio of sums."""
 
+from itertools import zip_longest
+
 import numpy as np
 
 from macbench.counting import TOTALS, ratios
@@ -50,6 +52,7 @@ def step_rows(generation: Generation, key: dict) -> list[dict]:
     ]
 
 
-def layer_rows(generation: Generation, key: dict) -> list[dict]:
-    """A row per layer."""
-    return [{**key, "layer": i, **_columns(sums, True)} for i, sums in enumerate(_summed(generation.counts, (0, 2)))]
+def layer_rows(generation: Generation, key: dict, errors: list[float | None]) -> list[dict]:
+    """A row per layer; ``errors`` of its attention outputs, or []."""
+    sums = _summed(generation.counts, (0, 2))
+    return [{**key, "layer": i, **_columns(s, True), "output_error": error} for i, (s, error) in enumerate(zip_longest(sums, errors))]

@@ -23,7 +23,7 @@ from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
-from macbench.records import RunDirectory, config_hash, read_table
+from macbench.records import KEY, RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, summarise
@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> int:
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
-            evaluate(engine, model, task, variants, todo, directory, facts, log, cfg.follow)
+            evaluate(engine, model, task, variants, todo, directory, facts, log, getattr(task, "follow", cfg.follow))
             table = report(directory, task, cfg.limit, variants)
             log.summary(table)
     else:
@@ -217,7 +217,7 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"] += step_rows(answer.generation, key)
-            tables["layers"] += layer_rows(answer.generation, key)
+            tables["layers"] += layer_rows(answer.generation, key, answer.layer_errors)
         else:
             row["error"] = _one_line(answer)
         tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
@@ -274,6 +274,8 @@ def report(directory: RunDirectory, task: Task, limit: int, variants: list[Varia
     print(protocol_card(task.protocol()), file=sys.stderr)
     print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
+    if hasattr(task, "layer_tables"):
+        more += task.layer_tables(read_table(directory.path, "layers").merge(samples[KEY], on=KEY))
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))
     for title, frame in more:

@@ -14,7 +14,7 @@ from macbench.counting import TOTALS, ratios
 REFERENCE = "full"
 WHOLE = "all"  # the subtask of rows over all subtasks
 _PAIRED = ("difference", "difference_se", "difference_low", "difference_high", "wins", "losses", "ties", "mcnemar_p", "examples_needed")
-_FIDELITY = ("top1_agreement", "kl_mean")
+_FIDELITY = ("top1_agreement", "kl_mean", "output_error")
 COLUMNS = [
     *("method", "variant", "subtask", "examples", "errors", "score", "score_se", *_PAIRED, "rho_log", "rho_phys", "rho_bytes"),
     *("hit_rate", *_FIDELITY, "steps", "ms_per_token", "prefill_s"),
@@ -28,6 +28,7 @@ def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None) ->
     theirs. Ratios are ratios of sums. Columns of ``stats.Paired`` compare with full attention on the examples that both finished.
     ``guesses``: scores that take no reading, by name; they get a row each, named like a method.
     """
+    samples = samples.reindex(columns=[*samples.columns, *(name for name in _FIDELITY if name not in samples)])  # rows may be older
     good = samples[samples.error.isna()]
     full = good[good.method == REFERENCE].set_index(["subtask", "example_id"]).score.rename("reference_score")
     several = samples.subtask.nunique() > 1

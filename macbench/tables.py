@@ -17,6 +17,7 @@ _FORMATS = {
     "hit_rate": "{:.4f}",
     "top1_agreement": "{:.4f}",
     "kl_mean": "{:.4f}",
+    "output_error": "{:.4f}",
     "ms_per_token": "{:.1f}",
     "prefill_s": "{:.2f}",
 }
@@ -34,6 +35,7 @@ _LEGEND = {
     "n(1pt)": "n(1pt): examples it takes to find a difference of 0.01 (two-sided 5%, power 80%)",
     "rho_log": "rho: read / full attention's, per query head, per stored row, in bytes",
     "top1": "top1, KL: same next token, and nats between the predictions, along full attention's text",
+    "err": "err: relative error of attention outputs along that text, mean over layers",
 }
 
 
@@ -64,6 +66,7 @@ def format_comparison(table: pd.DataFrame) -> str:
         "ms/token": _texts(rows, "ms_per_token"),
         "top1": _texts(rows, "top1_agreement"),
         "KL": _texts(rows, "kl_mean"),
+        "err": _texts(rows, "output_error"),
         "steps": [f"{n}" if n else "-" for n in rows.steps],
     }
     shown = {name: values for name, values in columns.items() if set(values) - {"-", ""}}

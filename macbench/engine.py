@@ -46,7 +46,7 @@ class Generation:
     ``tokens``: generated ids, a stop token included. ``step_seconds``: float [steps], the first token comes from prefill and is no step.
     ``counts``: int64 [steps, layers, 1] by name of ``counting.COUNTS``. ``setup_seconds``: the method's own work after prefill.
     ``positions``: int64 [steps], the 0-based position of the token that each step processed. ``finish_reason``: stop, length, or
-    unfinished while it is still being made.
+    unfinished while it is still being made. ``question_steps``: how many of the first steps processed a question and not a generated token.
     """
 
     tokens: list[int]
@@ -55,6 +55,7 @@ class Generation:
     setup_seconds: float
     counts: dict[str, np.ndarray]
     positions: np.ndarray
+    question_steps: int = 0
 
     def then(self, later: "Generation") -> "Generation":
         """Both as one: tokens and steps one after the other, times and counts add up."""
@@ -65,6 +66,7 @@ class Generation:
             self.setup_seconds + later.setup_seconds,
             {name: np.concatenate([counts, later.counts[name]]) for name, counts in self.counts.items()},
             np.concatenate([self.positions, later.positions]),
+            self.question_steps,
         )
 
 
@@ -82,6 +84,7 @@ class Request:
 
     ``start``: tokens that were generated earlier, all but the last of them part of ``prompt``; they count as generated, and the result
     begins with them, but its steps are those made here. ``feed``: tokens that are taken instead of sampled ones as long as there are any.
+    ``question``: the prompt's own last tokens, which are not in ``prompt``: decode steps process them before anything is generated.
     """
 
     prompt: Prompt
@@ -91,6 +94,7 @@ class Request:
     ended: Callable[[list[int]], bool] = lambda tokens: False
     start: Sequence[int] = ()
     feed: Sequence[int] = ()
+    question: Sequence[int] = ()
     keeper: Keeper | None = None
 
 
@@ -173,10 +177,10 @@ class Engine:
         try:
             runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
             padding = [0] * (decoder.shape.batch - len(runs))
-            decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
+            decoder.tokens.copy_(torch.tensor([run.input for run in runs] + padding))
             active = [not run.done for run in runs]
             step = 0
-            room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
+            room = [max(0, len(r.question) + r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
             decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
             while any(active):
                 decoder.cache.activate([*active, *map(bool, padding)])
@@ -236,8 +240,14 @@ class _Run:
     def __init__(self, request: Request, setup: float, first: int):
         self.request, self.setup, self.first = request, setup, first
         self.fed = 0
-        self.tokens = list(request.start) or [self._next(request.prompt.logits)]
+        self.asked = 0  # tokens of the question that have been processed
+        self.tokens = list(request.start) or ([] if request.question else [self._next(request.prompt.logits)])
         self.seconds: list[float] = []
+
+    @property
+    def input(self) -> int:
+        """The token that the next step processes."""
+        return self.request.question[self.asked] if self.asked < len(self.request.question) else self.tokens[-1]
 
     @property
     def steps(self) -> int:
@@ -250,13 +260,15 @@ class _Run:
         return best if best is not None and self.request.sampler is greedy else self.request.sampler(logits)
 
     def take(self, logits: torch.Tensor, best: int) -> int:
-        """The next token from logits [vocab], whose most likely token is ``best``."""
-        self.tokens.append(self._next(logits, best))
-        return self.tokens[-1]
+        """The next step's token, after a step with these logits [vocab], whose most likely token is ``best``."""
+        self.asked = min(self.asked + 1, len(self.request.question))
+        if self.asked == len(self.request.question):
+            self.tokens.append(self._next(logits, best))
+        return self.input
 
     @property
     def stopped(self) -> bool:
-        return self.tokens[-1] in self.request.stop_ids or self.request.ended(self.tokens)
+        return bool(self.tokens) and (self.tokens[-1] in self.request.stop_ids or self.request.ended(self.tokens))
 
     @property
     def done(self) -> bool:
@@ -273,7 +285,8 @@ class _Run:
 
     def generation(self, ledger: Ledger, row: int, reason: str) -> Generation:
         counts = {name: values[: self.steps, :, row : row + 1] for name, values in ledger.counts().items()}
-        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, self.first + np.arange(self.steps))
+        positions = self.first + np.arange(self.steps)
+        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, positions, min(self.asked, self.steps))
 
 
 class _Tails:

@@ -11,12 +11,14 @@ import torch
 class Fidelity:
     """A batch: ``reference`` for every step of full attention, then, for each method, ``compare`` for the same steps and ``result``.
 
-    ``lengths``: how many steps each request has. Steps are numbered from 0 and come in order. ``logits``: [B, vocab], before which the
-    same tokens were seen by both; rows beyond the requests, and of requests that are at their end, are ignored.
+    ``lengths``: how many steps each request has, the first ``skip`` of which say nothing. Steps are numbered from 0 and come in order.
+    ``logits``: [B, vocab], before which the same tokens were seen by both; rows beyond the requests, and of requests that are at their
+    end, are ignored.
     """
 
-    def __init__(self, lengths: list[int]):
+    def __init__(self, lengths: list[int], skip: list[int] | None = None):
         self.lengths = torch.tensor(lengths)
+        self.skip = torch.tensor(skip) if skip else torch.zeros_like(self.lengths)
         self._full: list[torch.Tensor] = []
         self._begin()
 
@@ -31,7 +33,7 @@ class Fidelity:
         if step != self._compared or step >= len(self._full):
             raise ValueError(f"step {step} after {self._compared} of {len(self._full)} steps")
         full, logits = self._full[step], logits[: len(self.lengths)]
-        counts = step < self.lengths
+        counts = (self.skip <= step) & (step < self.lengths)
         self._agreeing += torch.where(counts, top1(full, logits).cpu(), 0)
         self._nats += torch.where(counts, kl(full, logits).cpu(), 0.0)
         self._compared += 1
@@ -41,7 +43,8 @@ class Fidelity:
 
         The next method may begin.
         """
-        shares = zip(self.lengths.clamp(max=self._compared).tolist(), self._agreeing.tolist(), self._nats.tolist(), strict=True)
+        steps = (self.lengths.clamp(max=self._compared) - self.skip).clamp(min=0)
+        shares = zip(steps.tolist(), self._agreeing.tolist(), self._nats.tolist(), strict=True)
         found = [{"top1_agreement": same / n if n else None, "kl_mean": nats / n if n else None} for n, same, nats in shares]
         self._begin()
         return found

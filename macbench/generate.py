@@ -72,12 +72,13 @@ def answers(
                 methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or follow]
                 keep = max(method.prompt_queries for method in methods)
                 wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
-                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: engine.prefill(example.input_ids, *wanted))
+                context, _ = parts(example)
+                prompts[e] = _attempt(engine, lambda context=context, wanted=wanted: engine.prefill(context, *wanted))
         for i, variant in enumerate(variants):
             group = [e for e in prompts if made[e][i] is None]
             for e, answer in zip(group, _together(engine, variant, [(calls[e][i], prompts[e]) for e in group], rate), strict=True):
                 made[e][i] = answer
-        _follow(engine, variants, prompts, made, rate, follow)
+        _follow(engine, variants, examples, prompts, made, rate, follow)
     finally:
         for prompt in prompts.values():
             if isinstance(prompt, Prompt):
@@ -109,7 +110,15 @@ def _together(engine: Engine, variant, members: list, rate: Progress) -> list[An
     ]
 
 
-def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exception], made: Made, rate: Progress, steps: int) -> None:
+def parts(example: Example) -> tuple[list[int], list[int]]:
+    """What is prefilled of an example, and what decode steps process before anything is generated."""
+    first = len(example.input_ids) - example.question
+    return example.input_ids[:first], example.input_ids[first:]
+
+
+def _follow(
+    engine: Engine, variants: list, examples: list[Example], prompts: dict[int, Prompt | Exception], made: Made, rate: Progress, steps: int
+) -> None:
     """Let every other method see the text that full attention wrote, for ``steps`` steps at most, and note how its predictions differ."""
     full = next((i for i, v in enumerate(variants) if v.name == "full"), None)
     if full is None or not steps or len(variants) < 2:
@@ -118,13 +127,15 @@ def _follow(engine: Engine, variants: list, prompts: dict[int, Prompt | Exceptio
     feeds = {e: tokens[: steps + 1] for e, tokens in written.items() if len(tokens) > 1}
     if not feeds:
         return
-    meter = Fidelity([len(feed) - 1 for feed in feeds.values()])
-    requests = [Request(prompts[e], len(feed), feed=feed) for e, feed in feeds.items()]
+    requests = [Request(prompts[e], len(feed), feed=feed, question=parts(examples[e])[1]) for e, feed in feeds.items()]
+    skip = tuple(max(0, len(r.question) - 1) for r in requests)  # steps before the first one that predicts an answer
+    meter = Fidelity([len(r.question) + len(r.feed) - 1 for r in requests], skip)
     if isinstance(_attempt(engine, lambda: engine.decode_batch(requests, variants[full].method, rate("follow"), meter.reference)), Exception):
         return
     for i, variant in enumerate(variants):
         if i == full:
             continue
+        variant.measured.skip = skip
         failed = isinstance(_attempt(engine, lambda v=variant: engine.decode_batch(requests, v.measured, rate("follow"), meter.compare)), Exception)
         found = meter.result()  # of a failed attempt, too: the next method begins anew
         for e, agreement, errors in zip(feeds, found, [] if failed else variant.measured.errors(), strict=False):
@@ -146,7 +157,7 @@ class Call:
         earlier = self.partial.earlier
         if earlier is not None and earlier.finish_reason != "unfinished":
             return self._answer(earlier, 0.0)
-        ids = self.example.input_ids + (earlier.tokens[:-1] if earlier else [])
+        ids = parts(self.example)[0] + (earlier.tokens[:-1] if earlier else [])
         method = self.variant.method
         prompt = self.engine.prefill(ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
         try:
@@ -165,7 +176,8 @@ class Call:
             sampler=example.sampling.sampler(skip=len(start)),
             ended=StopStrings(self.model.chat.decode, example.stop),
             start=start,
-            keeper=self.partial,
+            question=parts(example)[1],
+            keeper=None if example.question else self.partial,  # a resumed prompt could not tell what was prefilled and what was not
         )
 
     def finish(self, generation: Generation, prompt: Prompt) -> Answer:

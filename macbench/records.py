@@ -42,6 +42,7 @@ SCHEMAS = {
             ("prompt_tokens", pa.int64()),
             ("new_tokens", pa.int64()),
             ("decode_steps", pa.int64()),
+            ("question_steps", pa.int64()),  # of these: with question_in_prefill=false, a step per token of the question
             ("text", pa.string()),
             ("reference", pa.list_(pa.string())),
             ("score", pa.float64()),

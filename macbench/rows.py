@@ -36,6 +36,7 @@ def sample_columns(generation: Generation) -> dict:
     return {
         "new_tokens": len(generation.tokens),
         "decode_steps": steps,
+        "question_steps": generation.question_steps,
         "finish_reason": generation.finish_reason,
         "setup_s": generation.setup_seconds,
         "decode_s": decode,

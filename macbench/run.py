@@ -6,6 +6,7 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from time import time
@@ -26,7 +27,7 @@ from macbench.models.weights import LoadedModel, load, load_chat, max_context, p
 from macbench.records import KEY, RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import drift, summarise
+from macbench.summary import drift, generated, summarise
 from macbench.tables import format_frame, format_summary
 from macbench.tasks.base import Example, Task, count, guesses
 
@@ -58,9 +59,10 @@ def run(cfg: DictConfig) -> int:
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
-    for subtask in task.subtasks:
-        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
-
+    # Missing data or too small a ctx shows now, not after an hour.
+    last = [task.example(subtask, count(task, subtask, cfg.limit) - 1) for subtask in task.subtasks]
+    if not (cfg.question_in_prefill or any(example.question for example in last)):
+        raise ConfigError("question_in_prefill", "false", f"needs a task whose questions follow a context; those of task={cfg.task.name} do not")
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, resolved)
@@ -75,7 +77,8 @@ def run(cfg: DictConfig) -> int:
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
-            evaluate(engine, model, task, variants, todo, directory, facts, log, getattr(task, "follow", cfg.follow))
+            wanted = examples(task, todo, cfg.question_in_prefill)
+            evaluate(engine, model, task, variants, wanted, sum(map(len, todo.values())), directory, facts, log, getattr(task, "follow", cfg.follow))
             table = report(directory, task, cfg.limit, variants)
             log.summary(table)
     else:
@@ -174,10 +177,12 @@ def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -
     return {subtask: [i for i in range(count(task, subtask, limit)) if missing(subtask, i)] for subtask in task.subtasks}
 
 
-def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, directory: RunDirectory, facts: dict, log, follow: int) -> None:
+def evaluate(
+    engine: Engine, model: LoadedModel, task: Task, variants, wanted: Iterable[Example], total: int, directory: RunDirectory, facts, log, follow: int
+) -> None:
     """Make and record every missing example."""
-    with tqdm(total=sum(map(len, todo.values())), unit="example", dynamic_ncols=True) as bar:
-        for group in batched(examples(task, todo), engine.batch):
+    with tqdm(total=total, unit="example", dynamic_ncols=True) as bar:
+        for group in batched(wanted, engine.batch):
             bar.set_description(group[0].subtask)
             made = answers(engine, model, task, variants, list(group), directory.path, lambda stage: _rate(bar, stage), follow)
             for example, answered in zip(group, made, strict=True):
@@ -188,10 +193,11 @@ def evaluate(engine: Engine, model: LoadedModel, task: Task, variants, todo, dir
                 bar.update()
 
 
-def examples(task: Task, todo: dict[str, list[int]]) -> Iterator[Example]:
+def examples(task: Task, todo: dict[str, list[int]], question_in_prefill: bool) -> Iterator[Example]:
     for subtask, indices in todo.items():
         for index in indices:
-            yield task.example(subtask, index)
+            example = task.example(subtask, index)
+            yield replace(example, question=0) if question_in_prefill else example
 
 
 def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -278,6 +284,8 @@ def report(directory: RunDirectory, task: Task, limit: int, variants: list[Varia
         more += task.layer_tables(read_table(directory.path, "layers").merge(samples[KEY], on=KEY))
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))
+    if (samples.get("question_steps", 0) > 0).any():
+        more.append(("generated tokens alone, without the steps that process the question", generated(read_table(directory.path, "steps"), samples)))
     for title, frame in more:
         print(f"\n{title}\n{format_frame(frame)}")
     if more:

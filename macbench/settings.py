@@ -62,6 +62,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
     if cfg.task.name not in SYNTHETIC:
         _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
+    _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])

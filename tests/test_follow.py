@@ -17,6 +17,7 @@ from macbench.settings import Variant
 from macbench.tasks.base import Example
 from tests import real
 from tests.models.tiny import tiny
+from tests.tasks import longgenbench_data
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
 
 NEW, SINKS, RECENT = 12, 2, 9
@@ -26,9 +27,9 @@ class Plain:
     """A task with one call."""
 
 
-def example(n: int, new: int, name: str) -> Example:
+def example(n: int, new: int, name: str, question: int = 0) -> Example:
     ids = [int(x) for x in torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n))]
-    return Example("a", name, "", ids, [], new, {}, Sampling())
+    return Example("a", name, "", ids, [], new, {}, Sampling(), question=question)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +50,30 @@ def logits(network, ids: list[int], prompt: int, windowed: bool) -> torch.Tensor
         return network(torch.tensor([ids]), attention_mask=mask, use_cache=False).logits[0].double()
 
 
-@pytest.mark.parametrize("steps", [5, 100])
-def test_agreement_is_that_of_the_library_with_the_methods_mask(setup, tmp_path, steps):
-    """Two examples of different lengths in a batch with an idle row, the second one shorter than what is followed."""
+@pytest.mark.parametrize(("steps", "questions"), [(5, (0, 0)), (100, (0, 0)), (100, (6, 17)), (3, (0, 1))])
+def test_agreement_is_that_of_the_library_with_the_methods_mask(setup, tmp_path, steps, questions):
+    """Two examples of different lengths in a batch with an idle row, the second one shorter than what is followed.
+
+    Tokens of a question are part of the prompt for full attention, and of the decoding for the method.
+    """
     network, model = setup
-    wanted = [example(40, NEW, "0"), example(55, 7, "1")]
+    wanted = [example(40, NEW, "0", questions[0]), example(55, 7, "1", questions[1])]
     variants = [Variant("streaming_llm", "", StreamingLLM(SINKS, RECENT)), Variant("full", "", Full())]
     engine = Engine(network, kernels("torch"), 256, batch=3)
     made = generate.answers(engine, model, Plain(), variants, wanted, tmp_path, lambda stage: lambda count: None, steps)
     for item, (answer, full) in zip(wanted, made, strict=True):
-        prompt, text = len(item.input_ids), full.generation.tokens
+        prompt, asked, text = len(item.input_ids), item.question, full.generation.tokens
         ids = item.input_ids + text[:-1]
-        rows = slice(prompt, prompt + min(steps, len(text) - 1))  # predictions after generated tokens; the first token is the prefill's
-        exact, other = (logits(network, ids, prompt, windowed)[rows] for windowed in (False, True))
-        assert exact.argmax(-1).tolist() == text[1 : 1 + len(exact)]
+        # Predictions after generated tokens; the first token is the prefill's, or the last one of the question predicts it.
+        first = prompt - (asked > 0)
+        exact, other = (logits(network, ids, prompt - asked, w)[first : prompt + min(steps, len(text) - 1)] for w in (False, True))
+        assert exact.argmax(-1).tolist() == text[asked == 0 :][: len(exact)]
+        for generation in (answer.generation, full.generation):
+            assert generation.question_steps == asked and len(generation.step_seconds) == asked + len(generation.tokens) - 1
+            assert generation.positions.tolist() == list(range(prompt - asked, prompt + len(generation.tokens) - 1))
+        free = answer.generation.tokens  # greedy along its own text, too
+        own = logits(network, item.input_ids + free[:-1], prompt - asked, True)[prompt - 1 :].argmax(-1).tolist()
+        assert free[asked == 0 :] == own[asked == 0 :]
         p, q = exact.log_softmax(-1), other.log_softmax(-1)
         assert answer.fidelity["kl_mean"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
         assert answer.fidelity["top1_agreement"] == (exact.argmax(-1) == other.argmax(-1)).double().mean().item()
@@ -135,3 +146,27 @@ def test_texts_may_go_on_past_their_end(macbench, tiny_args, tmp_path, monkeypat
 def test_wrong_settings_get_one_line(macbench, tiny_args, args, said):  # noqa: F811
     code, _, err = macbench(*tiny_args, "task=fidelity", "method=streaming_llm", *args)
     assert (code, err.count("\n")) == (2, 1) and said in err
+
+
+def test_a_run_whose_questions_are_decoded(macbench, tiny_args, tmp_path):  # noqa: F811
+    args = [*tiny_args, "question_in_prefill=false", "method=streaming_llm", "method.recent=40", "compare=[full]", "limit=1"]
+    code, out, err = macbench(*args)
+    assert code == 0, err
+    (run,) = (tmp_path / "runs").rglob("streaming_llm-*")
+    samples, steps = (pd.read_parquet(next((run / table).glob("*.parquet"))).set_index("method") for table in ("samples", "steps"))
+    asked = samples.question_steps["full"]
+    assert asked > 10 and (samples.question_steps == asked).all()
+    assert (samples.decode_steps == asked + samples.new_tokens - 1).all()
+    first = samples.prompt_tokens["full"] - asked
+    assert steps.loc["full"].position.tolist() == list(range(first, first + samples.decode_steps["full"]))
+    late = steps.loc["streaming_llm"].query(f"step >= {asked}")
+    assert f"{late.bytes_kv.sum() / late.bytes_full.sum():.4f}" in out.partition("generated tokens alone")[2]
+    assert macbench(*args)[1] == out
+
+
+def test_what_has_no_question_says_so(macbench, tiny_args, tmp_path):  # noqa: F811
+    folder = longgenbench_data.write(tmp_path)
+    args = [a for a in tiny_args if not a.startswith(("ctx", "task"))]
+    args += ["task=longgenbench", f"task.data_path={folder}", "ctx=400", "question_in_prefill=false"]
+    code, _, err = macbench(*args)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("macbench: question_in_prefill=false: needs a task")

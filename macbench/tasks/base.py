@@ -16,6 +16,7 @@ class Example:
     ``references``: accepted strings, what they mean is the task's scorer's business. ``max_new_tokens``: generation limit.
     ``example_id`` is unique within a subtask and stable across runs. ``sampling``: greedy unless a protocol says otherwise.
     ``stop``: strings that end the answer and are no part of it; ``ignore_eos``: the model's end-of-sequence tokens do not end it.
+    ``question``: how many of the last ``input_ids`` ask the question, chat template and answer prefix included; 0 if no text is asked about.
     ``meta``: facts of the example, kept as JSON in its sample row.
     """
 
@@ -29,6 +30,7 @@ class Example:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    question: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Decoder:
     def __init__(self, forward, kernels: Kernels, shape: Shape, pool: PagePool, method: Method, graph: bool):
         self.forward, self.kernels, self.shape, self.method = forward, kernels, shape, method
         self.cache = PagedKVCache(pool, shape.batch, -(-shape.max_tokens // pool.page_size))
-        self.ledger = Ledger(shape)
+        self.ledger = Ledger(shape, method.counted_page)
         self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.logits = self.chosen = None
         self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"

@@ -47,6 +47,7 @@ class Generation:
     ``counts``: int64 [steps, layers, 1] by name of ``counting.COUNTS``. ``setup_seconds``: the method's own work after prefill.
     ``positions``: int64 [steps], the 0-based position of the token that each step processed. ``finish_reason``: stop, length, or
     unfinished while it is still being made. ``question_steps``: how many of the first steps processed a question and not a generated token.
+    ``prepared_bytes``: what the method moved between prefill and the first step.
     """
 
     tokens: list[int]
@@ -56,6 +57,7 @@ class Generation:
     counts: dict[str, np.ndarray]
     positions: np.ndarray
     question_steps: int = 0
+    prepared_bytes: int = 0
 
     def then(self, later: "Generation") -> "Generation":
         """Both as one: tokens and steps one after the other, times and counts add up."""
@@ -67,6 +69,7 @@ class Generation:
             {name: np.concatenate([counts, later.counts[name]]) for name, counts in self.counts.items()},
             np.concatenate([self.positions, later.positions]),
             self.question_steps,
+            self.prepared_bytes + later.prepared_bytes,
         )
 
 
@@ -285,8 +288,8 @@ class _Run:
 
     def generation(self, ledger: Ledger, row: int, reason: str) -> Generation:
         counts = {name: values[: self.steps, :, row : row + 1] for name, values in ledger.counts().items()}
-        positions = self.first + np.arange(self.steps)
-        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, positions, min(self.asked, self.steps))
+        places = self.first + np.arange(self.steps)
+        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, places, self.asked, ledger.prepared[row])
 
 
 class _Tails:

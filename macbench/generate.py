@@ -136,12 +136,15 @@ def _follow(
         if i == full:
             continue
         variant.measured.skip = skip
-        failed = isinstance(_attempt(engine, lambda v=variant: engine.decode_batch(requests, v.measured, rate("follow"), meter.compare)), Exception)
+        done = _attempt(engine, lambda v=variant: engine.decode_batch(requests, v.measured, rate("follow"), meter.compare))
         found = meter.result()  # of a failed attempt, too: the next method begins anew
-        for e, agreement, errors in zip(feeds, found, [] if failed else variant.measured.errors(), strict=False):
+        if isinstance(done, Exception):
+            continue
+        for e, agreement, errors, generation in zip(feeds, found, variant.measured.errors(), done, strict=False):  # errors: of idle rows, too
             if isinstance(made[e][i], Answer):
                 known = [error for error in errors if error is not None]
-                made[e][i].fidelity = agreement | {"output_error": sum(known) / len(known) if known else None}
+                pages, rows = (generation.counts[name].sum() for name in ("tokens_page", "tokens_phys_full"))
+                made[e][i].fidelity = agreement | {"output_error": sum(known) / len(known) if known else None, "rho_page": pages / rows}
                 made[e][i].layer_errors = errors
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from macbench.counting import PAGE
 from macbench.methods.base import Method
 
 
@@ -18,11 +19,13 @@ class Measured(Method):
     (the KL of the logits holds both). What a method evicted or quantised is still in the cache as it was, and full attention reads that.
 
     Nothing that ``method`` knows changes: full attention runs after it, reports to no ledger and keeps nothing. It takes time, so steps
-    measured like this are not timed. ``skip``: steps of each request that are not added up (none, where the list ends).
+    measured like this are not timed, and pages can be counted in them (``tokens_page``). ``skip``: steps of each request that are not added
+    up (none, where the list ends).
     """
 
     method: Method
     skip: tuple[int, ...] = ()
+    counted_page = PAGE
 
     @property
     def prompt_queries(self):

@@ -52,7 +52,9 @@ SCHEMAS = {
             ("decode_s", pa.float64()),
             ("tpot_ms", pa.float64()),
             *_COUNTS,
+            ("bytes_pre", pa.int64()),
             *_RATIOS,
+            ("rho_page", pa.float64()),  # over the followed steps
             ("first_divergence", pa.int64()),
             ("top1_agreement", pa.float64()),
             ("kl_mean", pa.float64()),

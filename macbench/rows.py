@@ -42,6 +42,7 @@ def sample_columns(generation: Generation) -> dict:
         "decode_s": decode,
         "tpot_ms": 1e3 * decode / steps if steps else None,
         **_columns(_summed(generation.counts, (0, 1, 2))[0]),
+        "bytes_pre": generation.prepared_bytes,
     }
 
 

@@ -15,7 +15,7 @@ REFERENCE = "full"
 WHOLE = "all"  # the subtask of rows over all subtasks
 _PAIRED = ("difference", "difference_se", "difference_low", "difference_high", "wins", "losses", "ties", "mcnemar_p", "examples_needed")
 _KEYS = ["method", "variant", "subtask", "example_id"]
-_FIDELITY = ("top1_agreement", "kl_mean", "output_error")
+_FIDELITY = ("top1_agreement", "kl_mean", "output_error", "rho_page")
 COLUMNS = [
     *("method", "variant", "subtask", "examples", "errors", "score", "score_se", *_PAIRED, "rho_log", "rho_phys", "rho_bytes"),
     *("hit_rate", *_FIDELITY, "steps", "ms_per_token", "prefill_s"),

@@ -167,7 +167,7 @@ def test_a_resumed_run_can_follow(setup, tmp_path, monkeypatch):
     interrupted(setup, tmp_path, monkeypatch, 20, variants=VARIANTS[::-1])
     made = answers(setup, tmp_path, variants=VARIANTS[::-1], follow=4)
     assert made[0].resumed_at and not made[1].resumed_at
-    assert set(made[0].fidelity) == {"top1_agreement", "kl_mean", "output_error"} and not made[1].fidelity
+    assert set(made[0].fidelity) == {"top1_agreement", "kl_mean", "output_error", "rho_page"} and not made[1].fidelity
 
 
 @pytest.mark.parametrize("after", [20, 38, 39, 60])

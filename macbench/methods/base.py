@@ -42,6 +42,8 @@ class Method:
     ``self.kernels``. Whatever cannot obey, such as re-clustering every 128 tokens, belongs in ``between_steps``.
     """
 
+    counted_page = 0  # tokens of the pages whose reads are counted as well; 0: they are not. It takes time
+
     @property
     def prompt_queries(self) -> int:
         """How many of the prompt's last queries ``after_prefill`` needs."""

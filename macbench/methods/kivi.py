@@ -74,6 +74,8 @@ class KIVI(Method):
         self._quantised[request] = length // self.residual * self.residual
         k.copy(cache, layer, 0, request, 0, self._quantised[request])
         v.copy(cache, layer, 1, request, 0, max(0, length - self.residual))
+        coded = self._quantised[request] + max(0, length - self.residual)  # rows of K or V, read and written as codes
+        self.ledger.prepare(request, self.shape.kv_heads * coded * (self.shape.key_bytes + self._row_bytes(self.shape.head_dim)))
 
     def between_steps(self, cache):
         blocks = []

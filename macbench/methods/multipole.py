@@ -109,6 +109,9 @@ class Multipole(Method):
 
     def after_prefill(self, layer, request, queries, cache):
         clustered, _ = layout(cache.host_lengths[request])
+        # Keys and values read once, however many iterations; two centroids and a count per cluster and a list of the tokens written.
+        clusters = self.shape.kv_row_bytes + 4
+        self.ledger.prepare(request, self.shape.kv_heads * (clustered * (self.shape.kv_row_bytes + 4) + clustered // PER_CLUSTER * clusters))
         generator = self._generator(layer, 0)
         at = self._frozen[request] = 0
         for size in windows(clustered):

@@ -71,7 +71,10 @@ class Quest(Method):
 
     def after_prefill(self, layer, request, queries, cache):
         if layer in self.bounds:
-            pieces = cache.slice(layer, request, 0, cache.host_lengths[request])
+            n = cache.host_lengths[request]
+            pieces = cache.slice(layer, request, 0, n)
+            # All keys read, a row of bounds written for every page.
+            self.ledger.prepare(request, self.shape.kv_heads * (n * self.shape.key_bytes + -(-n // self.page) * self.shape.kv_row_bytes))
             build_bounds(self.bounds[layer], request, torch.cat([k for k, _ in pieces], 1), self.page)
 
     def attend(self, layer, q_pre, q, cache):

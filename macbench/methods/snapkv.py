@@ -93,6 +93,7 @@ class SnapKV(Method):
         if keep >= prompt - self.window:
             self.survivors.keep(layer, request, everything, prompt)
             return
+        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the votes read all keys
         lse = self.kernels.causal(queries.q, cache, layer, queries.first, self.shape.scale, request=request).lse
         votes = self.kernels.column_sums(queries.q, cache, layer, queries.first, lse, self.shape.scale, request=request)
         votes = pooled(reduced(votes[:, : -self.window], self.shape.kv_heads, self._gqa), self.kernel, self.pooling)

@@ -64,6 +64,7 @@ class TOVA(Method):
         if prompt <= self.capacity:
             self.survivors.keep(layer, request, torch.arange(prompt, device=queries.q.device), prompt)
             return
+        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the weights need all keys
         args = (queries.q, cache, layer, queries.first)
         lse = self.kernels.causal(*args, self.shape.scale, request=request).lse
         received = self.kernels.column_sums(*args, lse, self.shape.scale, request=request)

@@ -28,7 +28,7 @@ class Recorder:
                         rows[layer, b, h // group, max(first, 0) : max(end, 0)] = True
         self.ledger.read(layer, spans)
 
-    def selected(self, layer, ids, counts, unit, lengths, indexed=True, all_keys=False, rows=None):
+    def selected(self, layer, ids, counts, unit, lengths, indexed=True, all_keys=False, rows=None, store=None):
         if self.muted:
             return
         sets = ids.shape[1]
@@ -40,7 +40,7 @@ class Recorder:
                         found[layer, b, r * self.k.shape[2] // sets, i * unit : min((i + 1) * unit, length)] = True
             if all_keys:
                 self.k[layer, b, :, :length] = True
-        self.ledger.selected(layer, ids, counts, unit, lengths, indexed, all_keys, rows)
+        self.ledger.selected(layer, ids, counts, unit, lengths, indexed, all_keys, rows, store)
 
     def add(self, layer, category, per, units=1):
         if self.muted:

@@ -53,16 +53,17 @@ def run(cfg: DictConfig) -> int:
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
     resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
-    floors: list[str] = []
-    if cfg.budget is not None:
-        variants, floors = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
-        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
     # Missing data or too small a ctx shows now, not after an hour.
     last = [task.example(subtask, count(task, subtask, cfg.limit) - 1) for subtask in task.subtasks]
     if not (cfg.question_in_prefill or any(example.question for example in last)):
         raise ConfigError("question_in_prefill", "false", f"needs a task whose questions follow a context; those of task={cfg.task.name} do not")
+    floors: list[str] = []
+    if cfg.budget is not None:
+        tokens, new = budget.expected(task, cfg.expect, cfg.question_in_prefill)
+        variants, floors = budget.fit(cfg, variants, tokens, planned_shape(cfg.model, dtype, device, ctx), new)
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, resolved)

@@ -64,6 +64,8 @@ def check(cfg: DictConfig) -> None:
         _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
     _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
+    positive = isinstance(cfg.get("expect"), int) and not isinstance(cfg.expect, bool) and cfg.expect >= 1
+    _expect(cfg, "expect", "null or an integer of at least 1", lambda v: v is None or positive)
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
     if cfg.task.name in SYNTHETIC:

@@ -45,7 +45,7 @@ class H2O(Method):
         if ctx <= self.heavy + self.recent + 1:
             return f"h2o keeps {self.heavy + self.recent + 1} tokens; ctx={ctx} evicts nothing"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         row = 1 + 8 / shape.kv_row_bytes  # a row and its score, in rows
         capacity = round(rho * tokens / row) - 1
         fitted(self, rho, tokens, "recent", capacity, 2, 3 * row / tokens, "a heavy hitter, a recent token and the newest")

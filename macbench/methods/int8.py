@@ -21,7 +21,7 @@ class INT8(Method):
     accessed (rho_log = 1), so rho_bytes = (2 d + 8) / (4 d), whatever the length. No knob, no other mode.
     """
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fixed(rho, tokens, {self.ratio(shape): self})
 
     @staticmethod

@@ -41,7 +41,7 @@ class KIVI(Method):
         whole = isinstance(self.residual, int) and self.residual > 0 and self.residual % self.group == 0
         require(whole, "method", "residual", self.residual, f"a positive multiple of method.group={self.group}")
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=2), replace(self, bits=4))})
 
     def ratio(self, tokens, shape):

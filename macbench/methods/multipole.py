@@ -78,7 +78,7 @@ class Multipole(Method):
         if ctx < exact or (self.mode == "harness" and ctx <= exact + self.budget):
             return f"multipole keeps {exact} tokens exact and has a budget of {self.budget}; ctx={ctx} runs as full attention, or nearly"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         exact = SINKS + 1.5 * BLOCK - 0.5  # the mean over a cycle
         share = 1 / PER_CLUSTER if self.replacement else 0.5 / PER_CLUSTER
         saved = 0.5 / PER_CLUSTER if self.replacement else 0.0  # value centroid of a near token's cluster

@@ -57,7 +57,7 @@ class Quest(Method):
         if ctx <= self.pages * self.page:
             return f"quest keeps {self.pages} pages of {self.page} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         f = len([i for i in set(self.dense_layers) if i < shape.layers]) / shape.layers
         budget = 0 if f == 1 else int((rho - f) / (1 - f) * tokens - tokens / self.page) // self.page * self.page
         least = self.min_pages * self.page

@@ -4,6 +4,7 @@ Behnam, Fu, Zhao, Tsai, Yu, Tumanov. arXiv:2502.14051, ICML 2025. Written from t
 """
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,8 +88,18 @@ class RocketKV(Method):
         if self.mode == "harness" and ctx <= self.budget:
             return f"rocketkv has a budget of {self.budget} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
-        return fitted(self, rho, tokens, "budget", round(rho * tokens), LEAST_BUDGET, LEAST_BUDGET / tokens, f"{LEAST_BUDGET} tokens")
+    def fit(self, rho, tokens, shape, generated=1):
+        least = self._rows(LEAST_BUDGET, tokens, shape, generated)
+        budget = bisect(range(tokens + 1), rho * tokens, lo=LEAST_BUDGET, key=lambda b: self._rows(b, tokens, shape, generated))
+        if rho * tokens < least:
+            budget = 0
+        return fitted(self, rho, tokens, "budget", budget, LEAST_BUDGET, least / tokens, f"{LEAST_BUDGET} tokens, and their estimate")
+
+    def _rows(self, budget, tokens, shape, generated):
+        """What a step reads with ``budget``, in rows: about as many, but what is estimated grows with the generated tokens."""
+        size = sizes(max(shape.max_tokens, tokens), self.max_new, shape.head_dim, budget)
+        left = min(tokens - generated, size.keep) + generated
+        return size.topk + size.channels * left / size.chunk / (2 * shape.head_dim)
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)

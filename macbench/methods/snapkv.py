@@ -67,7 +67,6 @@ class SnapKV(Method):
             return f"{label(self)} keeps {self.capacity} tokens; ctx={ctx} runs as full attention"
 
     def fit(self, rho, tokens, shape, generated=1):
-        """``generated``: tokens among ``tokens`` that were not in the prompt, the current one included; a mean will do."""
         if self._gqa == "per_q_head":
             raise ConfigError("budget", rho, f"does not apply to {label(self)} with gqa=per_q_head: the union over a group depends on the text")
         rows, least = rho * tokens, self.window + 1

@@ -49,7 +49,7 @@ class TOVA(Method):
         if ctx <= self.capacity + 1:
             return f"tova keeps {self.capacity + 1} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fitted(self, rho, tokens, "capacity", round(rho * tokens) - 1, 1, 2 / tokens, "one token and the newest")
 
     def begin(self, shape, kernels, ledger):

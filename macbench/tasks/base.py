@@ -49,7 +49,9 @@ class Task(Protocol):
     ``size(subtask) -> int``: how many examples there are, for a benchmark that has a last one.
     ``follow_up(example, text) -> Example | None``: a second call whose prompt is made from the first answer; its text is what is scored.
     ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run;
-    ``layer_tables(layers)``: from its layer rows. ``follow``: for how many steps every method follows full attention's text.
+    ``layer_tables(layers)``: from its layer rows.
+    ``reaches_limit``: whether texts are expected to be as long as they may be.
+    ``follow``: for how many steps every method follows full attention's text.
     ``guesses(samples) -> dict[str, float]``: scores that take no reading, by name: the chance level, the best constant answer. Static.
     ``checks(samples)``, ``verdict(answer)``, ``judged(texts, checks)`` and ``official_judge``: questions for a judge about the texts of a
     run and what becomes of the answers (see ``macbench/judging``); none of them needs an instance.

@@ -216,8 +216,8 @@ def test_budgets_by_closed_form(method, rho, knob, value):
     ("method", "rho", "message"),
     [
         (StreamingLLM(), 0.0005, "must be at least 0.001 for streaming_llm at 8192 tokens, its floor"),
-        (OracleTopK(), 0.1, "must be at least 0.500 for oracle_topk .* count=ideal"),
-        (TidalDecode(), 0.1, "must be at least 0.133 for tidaldecode .* full layers"),
+        (OracleTopK(), 0.1, "must be at least 0.501 for oracle_topk .* count=ideal"),
+        (TidalDecode(), 0.1, "must be at least 0.134 for tidaldecode .* full layers"),
         (Full(), 0.1, "does not apply to full"),
         (MAC(), 0.1, "does not apply to mac"),
     ],

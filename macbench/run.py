@@ -93,8 +93,6 @@ def run(cfg: DictConfig) -> int:
         unjudged = judging.judge_run(directory.path, task, asked(directory, task, cfg.limit, variants), cfg.judge, device)
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, the same command tries them again", file=sys.stderr)
-    if unjudged:
-        print(f"macbench: {unjudged} check(s) could not be judged; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
     return 1 if failed or unjudged else 0
 
 

@@ -7,6 +7,8 @@ Definitions (per request, decode step and layer; L visible tokens, the current o
 * ``bytes_*``: unique bytes by category: kv, meta (page bounds, centroids), state (rings, stored results), idx (index lists),
   write, maint (re-clustering, flushes). Stored K, V and query elements count as 2 bytes (bf16) whatever the arithmetic of the run,
   so that a float32 run on a CPU and a bf16 run on a GPU give the same numbers; float32 statistics count as 4.
+* ``tokens_page``, where asked for: ``tokens_phys`` if whole pages of the method's own store were read, the last one as far as it is filled.
+* ``bytes_pre``: unique bytes that a method reads and writes between prefill and the first step (keys for votes, clusters, summaries); in no ratio.
 * rho_log = sum tokens_log / sum Hq*L, rho_phys = sum tokens_phys / sum Hkv*L,
   rho_bytes = sum (kv + meta + state + idx) / sum Hkv*L*2*d*2: ratios of sums over steps and layers.
 """
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 ELEMENT_BYTES = 2
+PAGE = 16  # tokens; what rho_page is about, whatever the engine's own pages
 CATEGORIES = ("kv", "meta", "state", "idx", "write", "maint")
 READ_CATEGORIES = ("kv", "meta", "state", "idx")
 # Device buffers are reduced on the host after this many steps (fewer, if one of them grew beyond so many bytes); nothing is read back in between.
@@ -49,6 +52,11 @@ class Shape:
         return self.q_heads // self.kv_heads
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's K (or V) of one KV head."""
+        return self.head_dim * ELEMENT_BYTES
+
+    @property
     def kv_row_bytes(self) -> int:
         """Bytes of one token's K and V of one KV head (the token equivalent, TE)."""
         return 2 * self.head_dim * ELEMENT_BYTES
@@ -71,6 +79,14 @@ def span_tokens(spans: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarra
     return logical, physical
 
 
+def span_pages(spans: np.ndarray, lengths: np.ndarray, kv_heads: int, page: int) -> np.ndarray:
+    """Physical tokens of ``spans`` rounded out to whole pages, but not beyond ``lengths`` int [..., B]: int64 [..., B]."""
+    start, stop = (x.copy() for x in np.moveaxis(spans, -3, 0))
+    empty = stop <= start
+    start, stop = start // page * page, np.minimum(-(-stop // page) * page, lengths[..., None, :, None])
+    return span_tokens(np.stack([start, np.where(empty, start, stop)], axis=-3), kv_heads)[1]
+
+
 def _per_request(units: np.ndarray) -> np.ndarray:
     """[steps, layers, B, ...] summed to int64 [steps, layers, B]."""
     return units.reshape(*units.shape[:3], -1).sum(-1, dtype=np.int64)
@@ -85,8 +101,8 @@ class Ledger:
     ``begin_step`` and the replay. Every step must report the same things in the same order.
     """
 
-    def __init__(self, shape: Shape):
-        self.shape = shape
+    def __init__(self, shape: Shape, page: int = 0):
+        self.shape, self.page = shape, page
         self._reports: dict[tuple, dict[int, torch.Tensor]] = {}
         self._reporting: dict[tuple, tuple[int, ...]] = {}  # layers by report, the same in every step
         self._windows: dict[tuple, torch.Tensor] = {}
@@ -101,6 +117,11 @@ class Ledger:
         self._steps = 0
         self._at.zero_()
         self._reports.clear()
+        self.prepared = [0] * self.shape.batch
+
+    def prepare(self, request: int, nbytes: int) -> None:
+        """Bytes that a method moves for a request between prefill and the first step."""
+        self.prepared[request] += nbytes
 
     def begin_step(self, lengths: list[int]) -> None:
         """Open the accounts of a step in which request b sees ``lengths[b]`` tokens, the current one included."""
@@ -129,19 +150,20 @@ class Ledger:
 
     def selected(
         self, layer: int, ids: torch.Tensor, counts: torch.Tensor, unit: int, lengths: torch.Tensor, indexed: bool = True,
-        all_keys: bool = False, rows: torch.Tensor | None = None,
+        all_keys: bool = False, rows: torch.Tensor | None = None, store: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         """K and V rows of the same sets that ``kernels.attend_selected`` gets: ids int32 [B, R, n], counts int32 [B, R], lengths int32 [B].
 
         Also 4 bytes of idx per id, unless ``indexed`` is False; a set of everything is dense attention and needs no list. With ``all_keys``
         the K of every visible token was read to choose whose V to read. The tensors must keep their content until the end of the step.
         ``rows`` int32 [B, Hkv], of a method that keeps compact copies of visible tokens (unit 1, no index): the union over each group, which
-        it knows, so that nobody needs to look at the ids.
+        it knows, so that nobody needs to look at the ids. ``store``: where the sets lie in a method's own store and how much that holds,
+        shaped as ``ids`` and ``lengths``.
         """
         if rows is not None:
             self.tokens(layer, counts * (self.shape.q_heads // counts.shape[1]), rows)
             return
-        self._report(("selected", unit, indexed, all_keys, tuple(ids.shape)), layer, (ids, counts, lengths))
+        self._report(("selected", unit, indexed, all_keys, tuple(ids.shape)), layer, (ids, counts, lengths, *(store or (ids, lengths))))
 
     def matched(self, layer: int, hit: torch.Tensor, depth: torch.Tensor) -> None:
         """Reuse: hit bool [B, Hq], and chain depth int32 [B, Hq] of the entry that this step leaves behind."""
@@ -171,7 +193,7 @@ class Ledger:
     def _selection(self, key: tuple, reports: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
         """What sets amount to, int64 [layers, B] each. Reports: ids [B, R, n], counts [B, R], lengths [B] of each layer."""
         _, unit, indexed, all_keys, (_, sets, n) = key
-        s, (counts, lengths) = self.shape, (torch.stack(part) for part in list(zip(*reports, strict=True))[1:])
+        s, (counts, lengths) = self.shape, (torch.stack(part) for part in list(zip(*reports, strict=True))[1:3])
         held = counts.long()
         if unit > 1 or sets != s.kv_heads:
             ids = torch.stack([report[0] for report in reports])
@@ -192,7 +214,24 @@ class Ledger:
             physical = physical + s.kv_heads * lengths.long()
             amounts["kv"] = physical % 2 * (s.kv_row_bytes // 2)
             physical = physical // 2
+        if self.page:
+            amounts["pages"] = torch.stack([self._pages(unit, all_keys, *report[1:]) for report in reports])
         return amounts | {"logical": logical, "physical": physical}
+
+    def _pages(
+        self, unit: int, all_keys: bool, counts: torch.Tensor, lengths: torch.Tensor, places: torch.Tensor, held: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of the pages that sets of one layer touch, int64 [B]; half a row is lost where keys and values differ by an odd number."""
+        heads, size = self.shape.kv_heads, self.page
+        first = torch.arange(0, self.shape.max_tokens, size, device=places.device)
+        room = len(first) * size
+        tokens = (places.long() * unit)[..., None] + torch.arange(unit, device=places.device)
+        known = (torch.arange(places.shape[-1], device=places.device) < counts[..., None])[..., None] & (tokens < held[:, None, None, None])
+        read = torch.zeros(len(places), heads, room + 1, dtype=torch.bool, device=places.device)
+        read.scatter_(-1, torch.where(known, tokens, room).view(len(places), heads, -1), True)
+        touched = read[..., :room].unflatten(-1, (-1, size)).any(-1)
+        rows = (touched * (held[:, None] - first).clamp(0, size)[:, None]).sum((1, 2))
+        return (rows + heads * lengths.long()) // 2 if all_keys else rows
 
     def _keep(self, key: tuple, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
         """``stacked`` [reporting layers, ...] into the window of its report."""
@@ -207,7 +246,8 @@ class Ledger:
         if not steps:
             return
         size = (steps, s.layers, s.batch)
-        others = ("logical", "physical", "rows", "hits", "match_heads", "chain_sum", "chain_max")
+        others = ("logical", "physical", "rows", "pages", "hits", "match_heads", "chain_sum", "chain_max")
+        lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)
         sums = {name: np.zeros(size, np.int64) for name in (*CATEGORIES, *others)}
         for key, layers in self._reporting.items():
             kind, here = key[0], (slice(None), list(layers))
@@ -218,6 +258,8 @@ class Ledger:
             elif kind == "spans":
                 for name, tokens in zip(("logical", "physical"), span_tokens(values, s.kv_heads), strict=True):
                     sums[name][here] += tokens
+                if self.page:
+                    sums["pages"][here] += span_pages(values, lengths[here], s.kv_heads, self.page)
             elif kind == "hits":
                 sums["hits"][here] = values.sum(-1)
                 sums["match_heads"][here] = s.q_heads
@@ -227,14 +269,16 @@ class Ledger:
                 sums[key[-1]][here] += values
             else:
                 sums[kind][here] += _per_request(values)
+                if kind != "logical":  # such rows lie together
+                    sums["pages"][here] += _per_request(values)
         part = {f"bytes_{c}": sums[c] for c in CATEGORIES}
         part["tokens_log"], part["tokens_phys"] = sums["logical"], sums["physical"] + sums["rows"]
         part["bytes_kv"] = part["bytes_kv"] + sums["physical"] * s.kv_row_bytes
         part["bytes_write"] = part["bytes_write"] + s.kv_heads * s.kv_row_bytes  # the new K/V row, whatever the method
-        lengths = np.array(self._lengths[-steps:], np.int64)[:, None, :].repeat(s.layers, 1)
         part["tokens_log_full"], part["tokens_phys_full"] = lengths * s.q_heads, lengths * s.kv_heads
         part["bytes_full"] = part["tokens_phys_full"] * 2 * s.head_dim * 2  # always bf16 full attention
         part |= {name: sums[name] for name in ("hits", "match_heads", "chain_sum", "chain_max")}
+        part |= {"tokens_page": sums["pages"]} if self.page else {}
         self._done.append(part)
         self._steps = 0
         self._at.zero_()
@@ -242,10 +286,11 @@ class Ledger:
     def counts(self) -> dict[str, np.ndarray]:
         """All counts so far, each int64 [steps, layers, B]."""
         self._flush()
+        names = (*COUNTS, "tokens_page") if self.page else COUNTS
         if not self._done:
             empty = np.zeros((0, self.shape.layers, self.shape.batch), np.int64)
-            return {name: empty for name in COUNTS}
-        self._done = [{name: np.concatenate([part[name] for part in self._done]).astype(np.int64) for name in COUNTS}]
+            return {name: empty for name in names}
+        self._done = [{name: np.concatenate([part[name] for part in self._done]).astype(np.int64) for name in names}]
         return self._done[0]
 
 

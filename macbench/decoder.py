@@ -1,5 +1,6 @@
 """One decode step of a batch with one method, in memory that stays in place: eager, or captured once as a CUDA graph and replayed."""
 
+import operator
 import weakref
 from contextlib import nullcontext
 
@@ -13,6 +14,20 @@ from macbench.methods.base import Method
 _WARM_UP = 2
 
 
+class Preparation:
+    """What a method made of some prompts between prefill and the first step, so that it is made once: the first ``start`` that gets this
+    object fills it, later ones with the same prompts start from it. It costs a copy of the method's state."""
+
+    def __init__(self):
+        self.state: dict | None = None
+
+    def of(self, prompts: list, shape: Shape) -> bool:
+        return self.state is not None and self.shape == shape and len(prompts) == len(self.prompts) and all(map(operator.is_, prompts, self.prompts))
+
+    def keep(self, prompts: list, shape: Shape, state: dict) -> None:
+        self.prompts, self.shape, self.state = list(prompts), shape, state
+
+
 class Decoder:
     """Decodes up to ``shape.batch`` requests in step; ``start`` again for the next ones.
 
@@ -23,40 +38,33 @@ class Decoder:
     def __init__(self, forward, kernels: Kernels, shape: Shape, pool: PagePool, method: Method, graph: bool):
         self.forward, self.kernels, self.shape, self.method = forward, kernels, shape, method
         self.cache = PagedKVCache(pool, shape.batch, -(-shape.max_tokens // pool.page_size))
-        self.ledger = Ledger(shape)
+        self.ledger = Ledger(shape, method.counted_page)
         self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.logits = self.chosen = None
         self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._session = nullcontext()
-        self._prepared: tuple[list, dict] | None = None
 
-    def start(self, prompts: list, again: bool = False) -> None:
-        """Become a fork of the prompts (see engine.Prompt), at most ``shape.batch`` of them, and let the method prepare for them.
-
-        ``again``: keep a copy of the method's state for ``rewind``.
-        """
+    def start(self, prompts: list, preparation: Preparation | None = None) -> None:
+        """Become a fork of the prompts (see engine.Prompt), at most ``shape.batch`` of them, and let the method prepare for them."""
         if self._wants_graph and self._graph is None:
             self._capture()
         try:
-            self._fork(prompts)
+            self.cache.share([(prompt.cache, 0) for prompt in prompts])
+            self.cache.activate([i < len(prompts) for i in range(self.shape.batch)])
             self._begin()
-            for layer in range(self.shape.layers):
-                for request, prompt in enumerate(prompts):
-                    self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
-            self._prepared = (prompts, self.method.save()) if again else None
+            if preparation is not None and preparation.of(prompts, self.shape):
+                self.method.restore(preparation.state)
+            else:
+                for layer in range(self.shape.layers):
+                    for request, prompt in enumerate(prompts):
+                        self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+                if preparation is not None:
+                    preparation.keep(prompts, self.shape, self.method.save())
         except BaseException:
             self.cache.free()
             raise
         self._open()
-
-    def rewind(self) -> None:
-        """Be where ``start(prompts, again=True)`` ended, without the work of the preparation."""
-        prompts, saved = self._prepared
-        self.cache.free()
-        self._fork(prompts)
-        self.ledger.reset()
-        self.method.restore(saved)
 
     def start_at(self, tokens: int, steps: int) -> None:
         """Every request holds ``tokens`` tokens, whose K and V are whatever lies in the pool, with room for ``steps``: for latency alone."""
@@ -71,7 +79,6 @@ class Decoder:
         """Give the pages back; counts stay."""
         self._session.__exit__(None, None, None)
         self._session = nullcontext()
-        self._prepared = None
         self.cache.free()
 
     def before(self) -> None:
@@ -87,10 +94,6 @@ class Decoder:
             self._body()
         else:
             self._graph.replay()
-
-    def _fork(self, prompts: list) -> None:
-        self.cache.share([(prompt.cache, 0) for prompt in prompts])
-        self.cache.activate([i < len(prompts) for i in range(self.shape.batch)])
 
     def _begin(self) -> None:
         self.ledger.reset()

@@ -4,8 +4,7 @@ The prompt's KV is computed exactly and once; every method decodes on a fork of 
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
@@ -15,7 +14,7 @@ import torch
 from macbench_kernels import Kernels, PagedKVCache, PagePool
 
 from macbench.counting import Ledger, Shape
-from macbench.decoder import Decoder
+from macbench.decoder import Decoder, Preparation
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
 from macbench.models.forward import make_forward
@@ -23,7 +22,6 @@ from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
 _SPARE_PAGES = 4
-Watch = Callable[[int, torch.Tensor], None]
 
 
 @dataclass
@@ -50,7 +48,8 @@ class Generation:
     ``tokens``: generated ids, a stop token included. ``step_seconds``: float [steps], the first token comes from prefill and is no step.
     ``counts``: int64 [steps, layers, 1] by name of ``counting.COUNTS``. ``setup_seconds``: the method's own work after prefill.
     ``positions``: int64 [steps], the 0-based position of the token that each step processed. ``finish_reason``: stop, length, or
-    unfinished while it is still being made.
+    unfinished while it is still being made. ``question_steps``: how many of the first steps processed a question and not a generated token.
+    ``prepared_bytes``: what the method moved between prefill and the first step.
     """
 
     tokens: list[int]
@@ -59,6 +58,8 @@ class Generation:
     setup_seconds: float
     counts: dict[str, np.ndarray]
     positions: np.ndarray
+    question_steps: int = 0
+    prepared_bytes: int = 0
 
     def then(self, later: "Generation") -> "Generation":
         """Both as one: tokens and steps one after the other, times and counts add up."""
@@ -69,6 +70,8 @@ class Generation:
             self.setup_seconds + later.setup_seconds,
             {name: np.concatenate([counts, later.counts[name]]) for name, counts in self.counts.items()},
             np.concatenate([self.positions, later.positions]),
+            self.question_steps,
+            self.prepared_bytes + later.prepared_bytes,
         )
 
 
@@ -86,6 +89,7 @@ class Request:
 
     ``start``: tokens that were generated earlier, all but the last of them part of ``prompt``; they count as generated, and the result
     begins with them, but its steps are those made here. ``feed``: tokens that are taken instead of sampled ones as long as there are any.
+    ``question``: the prompt's own last tokens, which are not in ``prompt``: decode steps process them before anything is generated.
     """
 
     prompt: Prompt
@@ -95,6 +99,7 @@ class Request:
     ended: Callable[[list[int]], bool] = lambda tokens: False
     start: Sequence[int] = ()
     feed: Sequence[int] = ()
+    question: Sequence[int] = ()
     keeper: Keeper | None = None
 
 
@@ -161,42 +166,53 @@ class Engine:
         """Decoding of one prompt; ``options`` are further fields of ``Request``."""
         return self.decode_batch([Request(prompt, max_new_tokens, stop_ids, **options)], method, progress)[0]
 
+    @torch.inference_mode()
     def decode_batch(
-        self, requests: Sequence[Request], method: Method, progress: Callable[[int], None] = lambda tokens: None, watch: Watch | None = None
+        self,
+        requests: Sequence[Request],
+        method: Method,
+        progress: Callable[[int], None] = lambda tokens: None,
+        watch: Callable[[int, torch.Tensor], None] | None = None,
+        preparation: Preparation | None = None,
     ) -> list[Generation]:
         """Decoding of several prompts in step, on forks that share their pages: a generation for each request.
 
-        ``watch(step, logits)`` sees the logits [B, vocab] of every step; they are only valid during the call.
+        ``watch(step, logits)`` sees the logits [B, vocab] of every step; they are only valid during the call. ``preparation``: see there.
         """
-        with self.prepared([r.prompt for r in requests], method) as decode:
-            return decode(requests, progress, watch)
-
-    @contextmanager
-    def prepared(self, prompts: list[Prompt], method: Method, again: bool = False) -> Iterator[Callable[..., list[Generation]]]:
-        """A method that has prepared for prompts: yields ``decode(requests, progress, watch)``, see ``decode_batch``.
-
-        The requests are for these prompts, in their order. ``again``: ``decode`` may be called more than once, and always starts right
-        behind the prompts; that costs a copy of the method's state.
-        """
-        decoder = self.decoder(method, 1 if len(prompts) == 1 else max(self.batch, len(prompts)))
-        with torch.inference_mode():
-            began = self._now()
-            decoder.start(prompts, again)
-            setup = (self._now() - began) / len(prompts)
-        fresh = True
-
-        def decode(requests, progress=lambda tokens: None, watch=None):
-            nonlocal fresh
-            with torch.inference_mode():
-                if not fresh:
-                    decoder.rewind()
-                fresh = False
-                return _decode(decoder, requests, setup, progress, watch)
-
+        decoder = self.decoder(method, 1 if len(requests) == 1 else max(self.batch, len(requests)))
+        began = self._now()
+        decoder.start([r.prompt for r in requests], preparation)
+        setup = (self._now() - began) / len(requests)
         try:
-            yield decode
+            runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
+            padding = [0] * (decoder.shape.batch - len(runs))
+            decoder.tokens.copy_(torch.tensor([run.input for run in runs] + padding))
+            active = [not run.done for run in runs]
+            step = 0
+            room = [max(0, len(r.question) + r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
+            decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
+            while any(active):
+                decoder.cache.activate([*active, *map(bool, padding)])
+                decoder.before()
+                began = perf_counter()
+                decoder.step()
+                chosen = decoder.chosen.tolist()
+                taken = [run.take(decoder.logits[i], chosen[i]) if active[i] else chosen[i] for i, run in enumerate(runs)]
+                if taken != chosen[: len(runs)]:
+                    decoder.tokens.copy_(torch.tensor(taken + padding))
+                seconds = perf_counter() - began
+                if watch is not None:
+                    watch(step, decoder.logits)
+                step += 1
+                for i, run in enumerate(runs):
+                    if active[i]:
+                        run.seconds.append(seconds)
+                        run.save(decoder.ledger, i)
+                progress(sum(active))
+                active = [not run.done for run in runs]
         finally:
             decoder.stop()
+        return [run.generation(decoder.ledger, i, run.reason) for i, run in enumerate(runs)]
 
     def decoder(self, method: Method, batch: int) -> Decoder:
         """The one decoder of a method for ``batch`` requests; its buffers, and on a GPU its graph, serve all later calls."""
@@ -227,45 +243,20 @@ class Engine:
         return perf_counter()
 
 
-def _decode(decoder: Decoder, requests: Sequence[Request], setup: float, progress: Callable[[int], None], watch: Watch | None) -> list[Generation]:
-    """All steps of the requests, whose prompts ``decoder`` holds."""
-    runs = [_Run(r, setup, decoder.cache.host_lengths[i]) for i, r in enumerate(requests)]
-    padding = [0] * (decoder.shape.batch - len(runs))
-    decoder.tokens.copy_(torch.tensor([run.tokens[-1] for run in runs] + padding))
-    active = [not run.done for run in runs]
-    step = 0
-    room = [max(0, r.max_new_tokens - len(run.tokens)) for r, run in zip(requests, runs, strict=True)]
-    decoder.cache.reserve(room + padding)  # at once, so that a request's pages lie together
-    while any(active):
-        decoder.cache.activate([*active, *map(bool, padding)])
-        decoder.before()
-        began = perf_counter()
-        decoder.step()
-        chosen = decoder.chosen.tolist()
-        taken = [run.take(decoder.logits[i], chosen[i]) if active[i] else chosen[i] for i, run in enumerate(runs)]
-        if taken != chosen[: len(runs)]:
-            decoder.tokens.copy_(torch.tensor(taken + padding))
-        seconds = perf_counter() - began
-        if watch is not None:
-            watch(step, decoder.logits)
-        step += 1
-        for i, run in enumerate(runs):
-            if active[i]:
-                run.seconds.append(seconds)
-                run.save(decoder.ledger, i)
-        progress(sum(active))
-        active = [not run.done for run in runs]
-    return [run.generation(decoder.ledger, i, run.reason) for i, run in enumerate(runs)]
-
-
 class _Run:
     """A request while it is being decoded."""
 
     def __init__(self, request: Request, setup: float, first: int):
         self.request, self.setup, self.first = request, setup, first
         self.fed = 0
-        self.tokens = list(request.start) or [self._next(request.prompt.logits)]
+        self.asked = 0  # tokens of the question that have been processed
+        self.tokens = list(request.start) or ([] if request.question else [self._next(request.prompt.logits)])
         self.seconds: list[float] = []
+
+    @property
+    def input(self) -> int:
+        """The token that the next step processes."""
+        return self.request.question[self.asked] if self.asked < len(self.request.question) else self.tokens[-1]
 
     @property
     def steps(self) -> int:
@@ -278,13 +269,15 @@ class _Run:
         return best if best is not None and self.request.sampler is greedy else self.request.sampler(logits)
 
     def take(self, logits: torch.Tensor, best: int) -> int:
-        """The next token from logits [vocab], whose most likely token is ``best``."""
-        self.tokens.append(self._next(logits, best))
-        return self.tokens[-1]
+        """The next step's token, after a step with these logits [vocab], whose most likely token is ``best``."""
+        self.asked = min(self.asked + 1, len(self.request.question))
+        if self.asked == len(self.request.question):
+            self.tokens.append(self._next(logits, best))
+        return self.input
 
     @property
     def stopped(self) -> bool:
-        return self.tokens[-1] in self.request.stop_ids or self.request.ended(self.tokens)
+        return bool(self.tokens) and (self.tokens[-1] in self.request.stop_ids or self.request.ended(self.tokens))
 
     @property
     def done(self) -> bool:
@@ -301,7 +294,8 @@ class _Run:
 
     def generation(self, ledger: Ledger, row: int, reason: str) -> Generation:
         counts = {name: values[: self.steps, :, row : row + 1] for name, values in ledger.counts().items()}
-        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, self.first + np.arange(self.steps))
+        places = self.first + np.arange(self.steps)
+        return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, places, self.asked, ledger.prepared[row])
 
 
 class _Tails:

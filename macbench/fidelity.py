@@ -1,4 +1,4 @@
-"""How near a method stays to full attention along full attention's own text: next tokens, predictions, attention outputs.
+"""How near a method's predictions stay to full attention's along full attention's own text. For attention outputs see output_error.
 
 Both are fed the same tokens (teacher forcing), so that a difference at one step is not the echo of an earlier one. What is kept are full
 attention's logits of one batch, in float32 where they were made: steps * requests * vocabulary * 4 bytes (16 steps of one request of
@@ -11,12 +11,14 @@ import torch
 class Fidelity:
     """A batch: ``reference`` for every step of full attention, then, for each method, ``compare`` for the same steps and ``result``.
 
-    ``lengths``: how many steps each request has. Steps are numbered from 0 and come in order. ``logits``: [B, vocab], before which the
-    same tokens were seen by both; rows beyond the requests, and of requests that are at their end, are ignored.
+    ``lengths``: how many steps each request has, the first ``skip`` of which say nothing. Steps are numbered from 0 and come in order.
+    ``logits``: [B, vocab], before which the same tokens were seen by both; rows beyond the requests, and of requests that are at their
+    end, are ignored.
     """
 
-    def __init__(self, lengths: list[int]):
+    def __init__(self, lengths: list[int], skip: list[int] | None = None):
         self.lengths = torch.tensor(lengths)
+        self.skip = torch.tensor(skip) if skip else torch.zeros_like(self.lengths)
         self._full: list[torch.Tensor] = []
         self._begin()
 
@@ -31,7 +33,7 @@ class Fidelity:
         if step != self._compared or step >= len(self._full):
             raise ValueError(f"step {step} after {self._compared} of {len(self._full)} steps")
         full, logits = self._full[step], logits[: len(self.lengths)]
-        counts = step < self.lengths
+        counts = (self.skip <= step) & (step < self.lengths)
         self._agreeing += torch.where(counts, top1(full, logits).cpu(), 0)
         self._nats += torch.where(counts, kl(full, logits).cpu(), 0.0)
         self._compared += 1
@@ -41,7 +43,8 @@ class Fidelity:
 
         The next method may begin.
         """
-        shares = zip(self.lengths.clamp(max=self._compared).tolist(), self._agreeing.tolist(), self._nats.tolist(), strict=True)
+        steps = (self.lengths.clamp(max=self._compared) - self.skip).clamp(min=0)
+        shares = zip(steps.tolist(), self._agreeing.tolist(), self._nats.tolist(), strict=True)
         found = [{"top1_agreement": same / n if n else None, "kl_mean": nats / n if n else None} for n, same, nats in shares]
         self._begin()
         return found
@@ -65,26 +68,6 @@ def kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
     terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
     return terms.sum(-1).clamp(min=0)  # rounding alone is below 0
-
-
-class OutputError:
-    """Relative error of attention outputs per layer: ||method - full|| / ||full||, norms over all heads, dimensions and steps.
-
-    Streaming: the squares are added up in float64 on the device, nothing else is kept.
-    """
-
-    def __init__(self, layers: int, device: str | torch.device = "cpu"):
-        self._error, self._norm = (torch.zeros(layers, dtype=torch.float64, device=device) for _ in range(2))
-
-    def add(self, layer: int, full: torch.Tensor, other: torch.Tensor) -> None:
-        """Outputs of one layer and step, any shape, for the same queries and the same keys and values."""
-        self._error[layer] += (other.double() - full.double()).square().sum()
-        self._norm[layer] += full.double().square().sum()
-
-    def result(self) -> list[float | None]:
-        """Per layer; None where full attention's output was nothing but zeros or nothing was added."""
-        pairs = zip(self._error.tolist(), self._norm.tolist(), strict=True)
-        return [(error / norm) ** 0.5 if norm else None for error, norm in pairs]
 
 
 def _first_largest(logits: torch.Tensor) -> torch.Tensor:

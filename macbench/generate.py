@@ -6,11 +6,13 @@ unfinished (their prompts contain the variant's own tokens).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from macbench_kernels import OutOfPages, UnsupportedError
 
+from macbench.decoder import Preparation
 from macbench.engine import Engine, Generation, Prompt, Request
 from macbench.errors import ConfigError
 from macbench.follow import Trail
@@ -29,8 +31,8 @@ Progress = Callable[[str], Callable[[int], None]]
 class Answer:
     """What one variant made of an example. Over all calls: ``generation`` (steps, counts and tokens one after the other),
     ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before.
-    ``fidelity``: its columns, along full attention's first text. ``prefill_chunk``: the prompt's, where memory did not allow the
-    configured one, else 0."""
+    Along full attention's first text: ``fidelity``, its columns, and ``layer_errors``, of the attention outputs of each layer.
+    ``prefill_chunk``: the prompt's, where memory did not allow the configured one, else 0."""
 
     text: str
     generation: Generation
@@ -40,6 +42,7 @@ class Answer:
     earlier: list[str] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     fidelity: dict = field(default_factory=dict)
+    layer_errors: list[float | None] = field(default_factory=list)
     prefill_chunk: int = 0
 
     def then(self, later: "Answer") -> "Answer":
@@ -52,6 +55,7 @@ class Answer:
             [*self.earlier, self.text, *later.earlier],
             self.resumed_at + later.resumed_at,
             self.fidelity,
+            self.layer_errors,
             min(filter(None, (self.prefill_chunk, later.prefill_chunk)), default=0),
         )
 
@@ -75,13 +79,19 @@ def answers(
                 methods = [v.method for v, answer in zip(variants, made[e], strict=True) if answer is None or follow]
                 keep = max(method.prompt_queries for method in methods)
                 wanted = (keep, rate("prefill"), any(method.prompt_column_sums for method in methods))
-                prompts[e] = _attempt(engine, lambda example=example, wanted=wanted: prefill(engine, example.input_ids, *wanted))
-        trail = Trail(follow) if follow and len(variants) > 1 and any(v.name == "full" for v in variants) else None
+                context, _ = parts(example)
+                prompts[e] = _attempt(engine, lambda context=context, wanted=wanted: prefill(engine, context, *wanted))
+        trail = Trail(follow, {e: parts(examples[e])[1] for e in prompts}) if follow and len(variants) > 1 else None
         for i in sorted(range(len(variants)), key=lambda i: variants[i].name != "full"):  # the others follow full attention's text
-            row = {e: made[e][i] for e in prompts}
-            _complete(engine, variants[i], row, {e: (calls[e][i], prompts[e]) for e in prompts}, rate, trail)
-            for e, answer in row.items():
+            variant, preparation = variants[i], Preparation() if trail is not None else None
+            group = [e for e in prompts if made[e][i] is None]
+            members = [(calls[e][i], prompts[e]) for e in group]
+            for e, answer in zip(group, _together(engine, variant, members, rate, preparation), strict=True):
                 made[e][i] = answer
+            if trail is not None:
+                row = {e: made[e][i] for e in prompts if isinstance(made[e][i], Answer)}
+                walk = partial(trail.walk, engine, variant, row, prompts, rate("follow"), preparation)
+                _attempt(engine, walk)
     finally:
         for prompt in prompts.values():
             if isinstance(prompt, Prompt):
@@ -95,38 +105,28 @@ def answers(
     return made
 
 
-def _complete(
-    engine: Engine, variant, row: dict[int, Answer | Exception | None], members: dict[int, tuple["Call", Prompt | Exception]],
-    rate: Progress, trail: Trail | None,
-) -> None:  # fmt: skip
-    """Fill in the answers that one variant has not given yet, by example, in step; a prompt that is an error is the answer.
+def _together(engine: Engine, variant, members: list, rate: Progress, preparation: Preparation | None) -> list[Answer | Exception]:
+    """Answers of one variant to several (call, prompt); a prompt that is an error is the answer. What fails together is tried one by one."""
+    ready = [(call, prompt) for call, prompt in members if isinstance(prompt, Prompt)]
+    results = iter([])
+    if len(ready) > 1:
+        requests = [call.request(prompt) for call, prompt in ready]
+        done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name), preparation=preparation))
+        if isinstance(done, Exception):
+            for call, _ in ready:
+                call.partial.discard()  # what was kept of it belongs to another attempt
+        else:
+            results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
+    return [
+        prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, partial(call.on, prompt, preparation))
+        for call, prompt in members
+    ]
 
-    What fails together is tried one by one. Then the variant follows the trail, on the same preparation if it answered all examples now.
-    """
-    missing = {e: members[e] for e, answer in row.items() if answer is None}
-    row |= {e: prompt for e, (_, prompt) in missing.items() if not isinstance(prompt, Prompt)}
-    ready = {e: member for e, member in missing.items() if isinstance(member[1], Prompt)}
-    followed = False
 
-    def together() -> None:
-        nonlocal followed
-        with engine.prepared([prompt for _, prompt in ready.values()], variant.method, again=trail is not None) as decode:
-            done = decode([call.request(prompt) for call, prompt in ready.values()], rate(variant.name))
-            row.update({e: call.finish(g, prompt) for (e, (call, prompt)), g in zip(ready.items(), done, strict=True)})
-            if trail is not None and trail.fits(variant, row, ready):
-                followed = True
-                trail.walk(variant, row, {e: prompt for e, (_, prompt) in ready.items()}, decode, rate("follow"))
-
-    failure = _attempt(engine, together) if ready else None
-    if any(row[e] is None for e in ready):
-        for call, _ in ready.values() if len(ready) > 1 else ():
-            call.partial.discard()  # what was kept of it belongs to another attempt
-        alone = {e: lambda call=call, prompt=prompt: call.on(prompt) for e, (call, prompt) in ready.items()}
-        row |= {e: _attempt(engine, make) for e, make in alone.items()} if len(ready) > 1 else dict.fromkeys(ready, failure)
-    if trail is not None and not followed:
-        prompts = {e: prompt for e, (_, prompt) in members.items() if isinstance(prompt, Prompt)}
-        walk = lambda requests, *how: engine.decode_batch(requests, variant.method, *how)  # noqa: E731
-        _attempt(engine, lambda: trail.walk(variant, row, prompts, walk, rate("follow")))
+def parts(example: Example) -> tuple[list[int], list[int]]:
+    """What is prefilled of an example, and what decode steps process before anything is generated."""
+    first = len(example.input_ids) - example.question
+    return example.input_ids[:first], example.input_ids[first:]
 
 
 class Call:
@@ -141,7 +141,7 @@ class Call:
         earlier = self.partial.earlier
         if earlier is not None and earlier.finish_reason != "unfinished":
             return self._answer(earlier)
-        ids = self.example.input_ids + (earlier.tokens[:-1] if earlier else [])
+        ids = parts(self.example)[0] + (earlier.tokens[:-1] if earlier else [])
         method = self.variant.method
         prompt = prefill(self.engine, ids, method.prompt_queries, self.rate("prefill"), method.prompt_column_sums)
         try:
@@ -149,18 +149,20 @@ class Call:
         finally:
             prompt.free()
 
-    def on(self, prompt: Prompt) -> Answer:
+    def on(self, prompt: Prompt, preparation: Preparation | None = None) -> Answer:
         """On a prompt that is in the cache."""
-        return self.finish(self.engine.decode_batch([self.request(prompt)], self.variant.method, self.rate(self.variant.name))[0], prompt)
+        rate = self.rate(self.variant.name)
+        return self.finish(self.engine.decode_batch([self.request(prompt)], self.variant.method, rate, preparation=preparation)[0], prompt)
 
     def request(self, prompt: Prompt) -> Request:
         example, start = self.example, self.partial.earlier.tokens if self.partial.earlier else ()
         return Request(
-            *(prompt, example.max_new_tokens, self.model.stop_ids),
+            *(prompt, example.max_new_tokens, frozenset() if example.ignore_eos else self.model.stop_ids),
             sampler=example.sampling.sampler(skip=len(start)),
             ended=StopStrings(self.model.chat.decode, example.stop),
             start=start,
-            keeper=self.partial,
+            question=parts(example)[1],
+            keeper=None if example.question else self.partial,  # a resumed prompt could not tell what was prefilled and what was not
         )
 
     def finish(self, generation: Generation, prompt: Prompt) -> Answer:

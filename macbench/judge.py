@@ -54,12 +54,8 @@ def judge(argv: list[str]) -> int:
         if not any((Path(run) / "samples").glob("*.parquet")):
             raise ConfigError("RUN", run, "has no samples to judge")
     prepare(node)
-    unjudged = 0
-    for run, task in zip(map(Path, runs), tasks, strict=True):
-        unjudged += judge_run(run, task, read_table(run, "samples"), node, device)
-    if unjudged:
-        print(f"macbench: {unjudged} check(s) could not be judged; the same command asks again", file=sys.stderr)
-    return 1 if unjudged else 0
+    unjudged = [judge_run(run, task, read_table(run, "samples"), node, device) for run, task in zip(map(Path, runs), tasks, strict=True)]
+    return 1 if any(unjudged) else 0
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ SCHEMAS = {
             ("prompt_tokens", pa.int64()),
             ("new_tokens", pa.int64()),
             ("decode_steps", pa.int64()),
+            ("question_steps", pa.int64()),  # of these: with question_in_prefill=false, a step per token of the question
             ("text", pa.string()),
             ("reference", pa.list_(pa.string())),
             ("score", pa.float64()),
@@ -54,10 +55,13 @@ SCHEMAS = {
             ("decode_s", pa.float64()),
             ("tpot_ms", pa.float64()),
             *_COUNTS,
+            ("bytes_pre", pa.int64()),
             *_RATIOS,
+            ("rho_page", pa.float64()),  # over the followed steps
             ("first_divergence", pa.int64()),
             ("top1_agreement", pa.float64()),
             ("kl_mean", pa.float64()),
+            ("output_error", pa.float64()),  # mean over layers
             ("meta", pa.string()),  # JSON: what the task knows of the example, and texts of earlier calls
             ("error", pa.string()),
         ]
@@ -74,7 +78,12 @@ SCHEMAS = {
             ("chain_max", pa.int64()),
         ]
     ),
-    "layers": pa.schema([*_KEY, ("layer", pa.int64()), *_COUNTS, *_RATIOS, ("chain_mean", pa.float64()), ("chain_max", pa.int64())]),
+    "layers": pa.schema(
+        [
+            *(*_KEY, ("layer", pa.int64()), *_COUNTS, *_RATIOS, ("chain_mean", pa.float64()), ("chain_max", pa.int64())),
+            ("output_error", pa.float64()),
+        ]
+    ),
 }
 KEY = ["method", "variant", "subtask", "example_id"]
 

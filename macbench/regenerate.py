@@ -37,7 +37,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     chosen = choice.sample(places, min(examples, len(places)))
     engine = runner.make_engine(cfg, plan, model)
     for start in range(0, len(chosen), engine.batch):
-        group = [plan.task.example(subtask, int(index)) for subtask, index in chosen[start : start + engine.batch]]
+        group = [plan.example(subtask, int(index)) for subtask, index in chosen[start : start + engine.batch]]
         with tempfile.TemporaryDirectory() as scratch:
             made = answers(engine, model, plan.task, plan.variants, group, Path(scratch), lambda stage: lambda tokens: None)
         for example, answered in zip(group, made, strict=True):

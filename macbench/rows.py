@@ -1,5 +1,7 @@
 """From one generation to the rows of the three tables: every number is a sum of counts or a ratio of sums."""
 
+from itertools import zip_longest
+
 import numpy as np
 
 from macbench.counting import TOTALS, ratios
@@ -34,11 +36,13 @@ def sample_columns(generation: Generation) -> dict:
     return {
         "new_tokens": len(generation.tokens),
         "decode_steps": steps,
+        "question_steps": generation.question_steps,
         "finish_reason": generation.finish_reason,
         "setup_s": generation.setup_seconds,
         "decode_s": decode,
         "tpot_ms": 1e3 * decode / steps if steps else None,
         **_columns(_summed(generation.counts, (0, 1, 2))[0]),
+        "bytes_pre": generation.prepared_bytes,
     }
 
 
@@ -50,6 +54,7 @@ def step_rows(generation: Generation, key: dict) -> list[dict]:
     ]
 
 
-def layer_rows(generation: Generation, key: dict) -> list[dict]:
-    """A row per layer."""
-    return [{**key, "layer": i, **_columns(sums, True)} for i, sums in enumerate(_summed(generation.counts, (0, 2)))]
+def layer_rows(generation: Generation, key: dict, errors: list[float | None]) -> list[dict]:
+    """A row per layer; ``errors`` of its attention outputs, or []."""
+    sums = _summed(generation.counts, (0, 2))
+    return [{**key, "layer": i, **_columns(s, True), "output_error": error} for i, (s, error) in enumerate(zip_longest(sums, errors))]

@@ -5,7 +5,7 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
@@ -26,10 +26,10 @@ from macbench.leases import Leases
 from macbench.models.chat import Chat
 from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
-from macbench.records import RunDirectory, config_hash, read_table
+from macbench.records import KEY, RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
-from macbench.summary import drift, summarise
+from macbench.summary import drift, generated, summarise
 from macbench.tables import format_frame, format_summary
 from macbench.tasks.base import Example, Task, count, guesses
 from macbench.work import Work
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> int:
         protocol = {"protocol": plan.task.protocol(), "identity": identity(cfg, plan)}
         directory.write_text("environment.json", environment.to_json(facts | protocol))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
-            evaluate(engine, model, plan, work, directory, facts, log, cfg.follow)
+            evaluate(engine, model, plan, work, directory, facts, log, cfg)
             table = report(directory, plan)
             log.summary(table)
     else:
@@ -100,6 +100,11 @@ class Plan:
     asked: Asked
     resolved: dict
     notes: list[str]
+    question_in_prefill: bool = True
+
+    def example(self, subtask: str, index: int) -> Example:
+        example = self.task.example(subtask, index)
+        return replace(example, question=0) if self.question_in_prefill else example
 
 
 def prepare(cfg: DictConfig) -> Plan:
@@ -111,17 +116,20 @@ def prepare(cfg: DictConfig) -> Plan:
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
     resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
-    floors: list[str] = []
-    if cfg.budget is not None:
-        variants, floors = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
-        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
     chat = load_chat(cfg.model)
     task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
-    wanted = Asked({subtask: count(task, subtask, cfg.limit) for subtask in task.subtasks}, [[v.name, v.label] for v in variants])
-    for subtask, examples in wanted.examples.items():
-        task.example(subtask, examples - 1)  # missing data or too small a ctx shows now, not after an hour
+    numbers = {subtask: count(task, subtask, cfg.limit) for subtask in task.subtasks}
+    last = [task.example(subtask, number - 1) for subtask, number in numbers.items()]  # missing data shows now, not after an hour
+    if not (cfg.question_in_prefill or any(example.question for example in last)):
+        raise ConfigError("question_in_prefill", "false", f"needs a task whose questions follow a context; those of task={cfg.task.name} do not")
+    floors: list[str] = []
+    if cfg.budget is not None:
+        tokens, new = budget.expected(task, cfg.expect, cfg.question_in_prefill)
+        variants, floors = budget.fit(cfg, variants, tokens, planned_shape(cfg.model, dtype, device, ctx), new)
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
+    wanted = Asked(numbers, [[v.name, v.label] for v in variants])
     notes = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
-    return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))))
+    return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))), cfg.question_in_prefill)
 
 
 def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
@@ -213,15 +221,16 @@ def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
     return Work(directory, [place for place in mine if missing(*place)], stamps)
 
 
-def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directory: RunDirectory, facts: dict, log, follow: int) -> None:
+def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directory: RunDirectory, facts: dict, log, cfg: DictConfig) -> None:
     """Make and record every missing example that no other process makes."""
     task, variants = plan.task, plan.variants
+    follow = getattr(task, "follow", cfg.follow)
     with Leases(directory.path) as leases, tqdm(total=len(work), unit="example", dynamic_ncols=True) as bar:
         waiting = lambda left: bar.set_description(f"{left} left to other processes")  # noqa: E731
         for group in work.groups(leases, engine.batch, waiting):
             bar.update(bar.total - len(work) - bar.n)  # others' as well
             bar.set_description(group[0][0])
-            examples = [task.example(*place) for place in group]
+            examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: _rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
                 if work.made(place):
@@ -252,7 +261,7 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"] += step_rows(answer.generation, key)
-            tables["layers"] += layer_rows(answer.generation, key)
+            tables["layers"] += layer_rows(answer.generation, key, answer.layer_errors)
         else:
             row["error"] = _one_line(answer)
         tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
@@ -299,8 +308,12 @@ def report(directory: RunDirectory, plan: Plan):
     print(protocol_card(task.protocol()), file=sys.stderr)
     print(format_summary(table))
     more = task.tables(samples) if hasattr(task, "tables") else []
+    if hasattr(task, "layer_tables"):
+        more += task.layer_tables(read_table(directory.path, "layers").merge(samples[KEY], on=KEY))
     if (samples.decode_steps > DRIFT_WINDOW).any():
         more.append((f"by {DRIFT_WINDOW} generated tokens", drift(read_table(directory.path, "steps"), samples, DRIFT_WINDOW)))
+    if (samples.get("question_steps", 0) > 0).any():
+        more.append(("generated tokens alone, without the steps that process the question", generated(read_table(directory.path, "steps"), samples)))
     for title, frame in more:
         print(f"\n{title}\n{format_frame(frame)}")
     if more:

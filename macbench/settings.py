@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from macbench import cli
 from macbench.errors import ConfigError, choose
 from macbench.methods.base import Method
+from macbench.output_error import Measured
 
 # Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
 MOST_EXAMPLES = 100_000
@@ -22,7 +23,8 @@ SYNTHETIC = ("attention", "decode")
 class Variant:
     """A method with fixed hyper-parameters; ``label`` tells variants of one method apart ('' if there is one).
 
-    ``budget``: the rho_bytes that it was fitted to, ``knobs``: the hyper-parameters that this chose.
+    ``budget``: the rho_bytes that it was fitted to, ``knobs``: the hyper-parameters that this chose. ``measured``: the method, with the
+    errors of its attention outputs.
     """
 
     name: str
@@ -30,6 +32,10 @@ class Variant:
     method: Method
     budget: float | None = None
     knobs: dict[str, Any] = field(default_factory=dict)
+    measured: Measured = field(init=False)
+
+    def __post_init__(self):
+        self.measured = Measured(self.method)
 
 
 def check(cfg: DictConfig) -> None:
@@ -58,7 +64,10 @@ def check(cfg: DictConfig) -> None:
         _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
     _expect(cfg, "retry", "null, or failed: examples that ended with an error are made again", lambda v: v in (None, "failed"))
     share([], cfg.get("shard"))
+    _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
+    positive = isinstance(cfg.get("expect"), int) and not isinstance(cfg.expect, bool) and cfg.expect >= 1
+    _expect(cfg, "expect", "null or an integer of at least 1", lambda v: v is None or positive)
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
     if cfg.task.name in SYNTHETIC:
@@ -110,7 +119,12 @@ def build_variants(cfg: DictConfig) -> list[Variant]:
         chosen = dict(zip(grid, point, strict=True))
         label = " ".join(f"{key}={value}" for key, value in chosen.items())
         variants.append(Variant(cfg.method.name, label, build(OmegaConf.merge(cfg.method, chosen), "method", Method)))
-    for name in [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare):
+    compared = [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare)
+    if cfg.task.name == "fidelity":
+        if cfg.method.name == "full" and not set(compared) - {"full"}:
+            raise ConfigError("method", "full", "is what task=fidelity measures others against; name another method, or several in compare")
+        compared.append("full")
+    for name in compared:
         node = cli.load_option("method", choose("compare", str(name), cli.options("method")))
         if node.name not in {v.name for v in variants}:
             variants.append(Variant(node.name, "", build(node, "method", Method)))

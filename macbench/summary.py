@@ -14,7 +14,8 @@ from macbench.counting import TOTALS, ratios
 REFERENCE = "full"
 WHOLE = "all"  # the subtask of rows over all subtasks
 _PAIRED = ("difference", "difference_se", "difference_low", "difference_high", "wins", "losses", "ties", "mcnemar_p", "examples_needed")
-_FIDELITY = ("top1_agreement", "kl_mean")
+_KEYS = ["method", "variant", "subtask", "example_id"]
+_FIDELITY = ("top1_agreement", "kl_mean", "output_error", "rho_page")
 COLUMNS = [
     *("method", "variant", "subtask", "examples", "errors", "score", "score_se", *_PAIRED, "rho_log", "rho_phys", "rho_bytes"),
     *("hit_rate", *_FIDELITY, "steps", "ms_per_token", "prefill_s"),
@@ -28,6 +29,7 @@ def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None) ->
     theirs. Ratios are ratios of sums. Columns of ``stats.Paired`` compare with full attention on the examples that both finished.
     ``guesses``: scores that take no reading, by name; they get a row each, named like a method.
     """
+    samples = samples.reindex(columns=[*samples.columns, *(name for name in _FIDELITY if name not in samples)])  # rows may be older
     good = samples[samples.error.isna()]
     full = good[good.method == REFERENCE].set_index(["subtask", "example_id"]).score.rename("reference_score")
     several = samples.subtask.nunique() > 1
@@ -55,26 +57,34 @@ def drift(steps: pd.DataFrame, samples: pd.DataFrame, window: int = 1000) -> pd.
 
     From step rows, of the examples in ``samples``. Ratios are ratios of sums; ``examples`` are those that got as far as this window.
     """
-    keys = ["method", "variant", "subtask", "example_id"]
-    steps = steps.merge(samples[keys].drop_duplicates(), on=keys)
+    steps = _of(steps, samples)
     steps = steps.assign(first=steps.step // window * window)
     rows = []
     for (method, variant), mine in steps.groupby(["method", "variant"], sort=False):
         for first, part in mine.groupby("first"):
-            # Every step of a matching method looks up the same number of heads, so the plain mean of hit rates is exact.
-            sums = {name: float(part[name].sum()) for name in TOTALS} | {"hits": part.hit_rate.sum(), "match_heads": part.hit_rate.count()}
-            rows.append(
-                {
-                    "method": method,
-                    "variant": variant,
-                    "tokens": f"{first}-{first + window}",
-                    "examples": part.groupby(["subtask", "example_id"]).ngroups,
-                    **ratios(sums),
-                    "ms_per_token": part.latency_ms.mean(),
-                    "steps": len(part),
-                }
-            )
+            rows.append({"method": method, "variant": variant, "tokens": f"{first}-{first + window}"} | _over(part))
     return pd.DataFrame(rows)
+
+
+def generated(steps: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """Access and speed of the steps that processed generated tokens, where others processed a question: a row per method variant."""
+    steps = _of(steps, samples)
+    kept = steps[steps.step >= steps.question_steps]
+    return pd.DataFrame([{"method": m, "variant": v} | _over(part) for (m, v), part in kept.groupby(["method", "variant"], sort=False)])
+
+
+def _of(steps: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """Step rows of the examples in ``samples``, with their ``question_steps``."""
+    samples = samples.reindex(columns=[*_KEYS, "question_steps"]).fillna({"question_steps": 0})
+    return steps.merge(samples.drop_duplicates(), on=_KEYS)
+
+
+def _over(part: pd.DataFrame) -> dict:
+    """Sums, ratios of sums and latency of step rows."""
+    # Every step of a matching method looks up the same number of heads, so the plain mean of hit rates is exact.
+    sums = {name: float(part[name].sum()) for name in TOTALS} | {"hits": part.hit_rate.sum(), "match_heads": part.hit_rate.count()}
+    examples = part.groupby(["subtask", "example_id"]).ngroups
+    return {"examples": examples, **ratios(sums), "ms_per_token": part.latency_ms.mean(), "steps": len(part)}
 
 
 def _row(parts: dict[str, pd.DataFrame]) -> dict:

@@ -13,10 +13,12 @@ _FORMATS = {
     "mcnemar_p": "{:.3f}",
     "rho_log": "{:.4f}",
     "rho_phys": "{:.4f}",
+    "rho_page": "{:.4f}",
     "rho_bytes": "{:.4f}",
     "hit_rate": "{:.4f}",
     "top1_agreement": "{:.4f}",
     "kl_mean": "{:.4f}",
+    "output_error": "{:.4f}",
     "ms_per_token": "{:.1f}",
     "prefill_s": "{:.2f}",
 }
@@ -32,8 +34,9 @@ _LEGEND = {
     "W/L/T": "W/L/T: examples that score higher, lower, the same",
     "p": "p: exact McNemar test of right/wrong scores",
     "n(1pt)": "n(1pt): examples it takes to find a difference of 0.01 (two-sided 5%, power 80%)",
-    "rho_log": "rho: read / full attention's, per query head, per stored row, in bytes",
+    "rho_log": "rho: read / full attention's, per query head, per stored row, per page of 16 rows (along that text), in bytes",
     "top1": "top1, KL: same next token, and nats between the predictions, along full attention's text",
+    "err": "err: relative error of attention outputs along that text, mean over layers",
 }
 
 
@@ -60,10 +63,11 @@ def format_comparison(table: pd.DataFrame) -> str:
         "W/L/T": [f"{r.wins:.0f}/{r.losses:.0f}/{r.ties:.0f}" if pd.notna(r.wins) else "-" for r in rows.itertuples()],
         "p": ["<0.001" if p < 0.001 else text for p, text in zip(rows.mcnemar_p, _texts(rows, "mcnemar_p"), strict=True)],
         "n(1pt)": [f"{n:.0f}" if pd.notna(n) else "-" for n in rows.examples_needed],
-        **{name: _texts(rows, name) for name in ("rho_log", "rho_phys", "rho_bytes", "hit_rate")},
+        **{name: _texts(rows, name) for name in ("rho_log", "rho_phys", "rho_page", "rho_bytes", "hit_rate")},
         "ms/token": _texts(rows, "ms_per_token"),
         "top1": _texts(rows, "top1_agreement"),
         "KL": _texts(rows, "kl_mean"),
+        "err": _texts(rows, "output_error"),
         "steps": [f"{n}" if n else "-" for n in rows.steps],
     }
     shown = {name: values for name, values in columns.items() if set(values) - {"-", ""}}

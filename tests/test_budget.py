@@ -16,6 +16,7 @@ from macbench.methods.full import Full
 from macbench.models.adapter import attention_shape
 from macbench.models.weights import planned_shape
 from macbench.settings import Variant
+from macbench.tasks.base import Example
 from tests.models.tiny import ARCHITECTURES, tiny
 from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
 
@@ -27,7 +28,7 @@ class Recent(Method):
     size: int = 256
     band: int = 1
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         if rho * tokens < 4:
             raise ConfigError("budget", rho, f"reads at least 4 tokens, {4 / tokens:.3g}")
         return replace(self, size=int(rho * tokens))
@@ -45,7 +46,7 @@ class Halved(Method):
 
     bits: int = 8
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         if rho < 0.5:
             raise ConfigError("budget", rho, "halved stores 8 bits of 16: its floor is 0.5")
         return replace(self)
@@ -54,6 +55,60 @@ class Halved(Method):
 def config(**more):
     node = {"budget": 0.1, "grid": {}, "method": {"_target_": "tests.test_budget.Recent", "name": "recent"}}
     return OmegaConf.create(node | more)
+
+
+@dataclass
+class Lengths:
+    """A task of examples with given (prompt tokens, limit, question tokens) by subtask."""
+
+    lengths: dict
+    reaches_limit: bool = False
+    ignore_eos: bool = False
+
+    @property
+    def subtasks(self):
+        return tuple(self.lengths)
+
+    def size(self, subtask):
+        return len(self.lengths[subtask])
+
+    def example(self, subtask, index):
+        prompt, limit, question = self.lengths[subtask][index]
+        return Example(subtask, str(index), "", [0] * prompt, [], limit, question=question, ignore_eos=self.ignore_eos)
+
+
+def steps(prompt: int, new: int, asked: int) -> list[tuple[int, int]]:
+    """Visible and not prefilled tokens of every decode step, one by one."""
+    first = prompt - asked
+    return [(n, n - first) for n in range(first + 1, first + asked + new - (asked == 0) + 1)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("how", ["reaches_limit", "ignore_eos", "expect"])
+def test_expected_lengths_are_means_over_steps(how, apart):
+    lengths = {"a": [(100, 7, 12), (60, 30, 5)], "b": [(500, 90, 40)]}
+    task = Lengths(lengths, **({how: True} if how != "expect" else {}))
+    tokens, generated = budget.expected(task, 20 if how == "expect" else None, not apart)
+    every = [
+        step
+        for examples in lengths.values()
+        for prompt, limit, asked in examples
+        for step in steps(prompt, min(20, limit) if how == "expect" else limit, asked * apart)
+    ]
+    seen, new = zip(*every, strict=True)
+    assert tokens == round(sum(seen) / len(seen)) and generated == pytest.approx(sum(new) / len(new))
+
+
+def test_texts_that_may_end_at_any_time_are_taken_in_the_middle():
+    """Of a limit of 128: between 1 and 64 generated tokens in the mean."""
+    tokens, generated = budget.expected(Lengths({"a": [(1000, 128, 9)] * 9}), None, True)
+    assert generated == (1 + 64) / 2 and tokens == 1032
+
+
+def test_probes_do_not_follow_the_limit():
+    """Examples behind the first few change nothing, so that more of them continue the same run."""
+    few, many = ({"a": [(100, 9, 0)] * budget.PROBES + [(900, 9, 0)] * n} for n in (0, 50))
+    assert budget.expected(Lengths(few), None, True) == budget.expected(Lengths(many), None, True)
 
 
 SHAPE = Shape(layers=2, q_heads=3, kv_heads=1, head_dim=16, scale=0.25)
@@ -124,6 +179,7 @@ def test_planned_shape_is_that_of_the_loaded_model(kind, tmp_path):
         (["budget=much"], ["budget=much"]),
         (["budget=[]"], ["budget=[]"]),
         (["budget=[0.1,7]"], ["budget=[0.1, 7]"]),
+        (["budget=0.1", "expect=0"], ["expect=0", "null or an integer of at least 1"]),
         (["budgt=0.1"], ["did you mean budget?"]),
         (["task=attention", "budget=0.1"], ["budget=0.1", "task=attention"]),
         (["method._target_=tests.test_budget.Recent", "method.name=recent", "budget=0.001", "ctx=512"], ["budget=0.001: recent reads at least 4"]),
@@ -142,15 +198,15 @@ def test_a_run_at_two_budgets(macbench, tiny_args, tmp_path):  # noqa: F811
     code, out, err = macbench(*tiny_args, *method, "compare=[full]", "budget=[0.1,0.5]", "limit=1")
     assert code == 0, err
     frame = samples(tmp_path).set_index(["method", "variant"])
-    assert sorted(frame.index) == [("full", ""), ("recent", "budget=0.1 size=51"), ("recent", "budget=0.5 size=256")]
+    assert sorted(frame.index) == [("full", ""), ("recent", "budget=0.1 size=40"), ("recent", "budget=0.5 size=201")]
     assert frame.prefill_s.nunique() == 1
-    assert "vs full [95%]" in out and "budget=0.5 size=256" in out
+    assert "vs full [95%]" in out and "budget=0.5 size=201" in out
     assert "budget does not apply to full" in err
-    for label, wanted in (("budget=0.1 size=51", 0.1), ("budget=0.5 size=256", 0.5)):
+    for label, wanted in (("budget=0.1 size=40", 0.1), ("budget=0.5 size=201", 0.5)):
         off = abs(frame.rho_bytes["recent", label] / wanted - 1) > 0.1
         assert (f"recent ({label}) has a measured" in err) == off
     (folder,) = (tmp_path / "runs").rglob("recent-*")
-    assert {row["variant"] for row in json.loads((folder / "summary.json").read_text())} == {"", "budget=0.1 size=51", "budget=0.5 size=256"}
+    assert {row["variant"] for row in json.loads((folder / "summary.json").read_text())} == {"", "budget=0.1 size=40", "budget=0.5 size=201"}
     assert macbench(*tiny_args, *method, "compare=[full]", "budget=0.1", "limit=1")[0] == 0
     assert len(list((tmp_path / "runs").rglob("recent-*"))) == 2
 

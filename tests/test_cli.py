@@ -290,23 +290,23 @@ def test_latency_of_a_random_model(macbench, tmp_path):
 
 
 def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_path, monkeypatch):
-    prepared = run_module.Engine.prepared
+    decode = run_module.Engine.decode_batch
     calls = []
 
     def sometimes(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return prepared(self, *args, **kwargs)
+        return decode(self, *args, **kwargs)
 
-    monkeypatch.setattr(run_module.Engine, "prepared", sometimes)
+    monkeypatch.setattr(run_module.Engine, "decode_batch", sometimes)
     code, _, err = macbench(*tiny_args, "method=full", "limit=3")
     assert code == 1
     assert "1 example(s) failed" in err
     frame = samples(tmp_path).set_index("example_id").sort_index()
     assert frame.error.notna().tolist() == [False, True, False]
     assert "engine.prefill_chunk" in frame.error["1"]
-    monkeypatch.setattr(run_module.Engine, "prepared", prepared)
+    monkeypatch.setattr(run_module.Engine, "decode_batch", decode)
     code, _, err = macbench(*tiny_args, "method=full", "limit=3")
     assert code == 1 and "nothing left to compute" in err and "retry=failed" in err
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("part-*.parquet")}

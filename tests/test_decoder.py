@@ -4,6 +4,7 @@ import pytest
 import torch
 from macbench_kernels import kernels
 
+from macbench.decoder import Preparation
 from macbench.engine import Engine, Request
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
@@ -71,8 +72,10 @@ def test_a_prepared_method_decodes_again(network, name):
     engine, method = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3), METHODS[name]()
     prompts = [engine.prefill(ids, method.prompt_queries) for ids in PROMPTS[:3]]
     requests = [Request(p, 20) for p in prompts]
-    with engine.prepared(prompts, method, again=True) as decode:
-        first, fed, third = decode(requests), decode([Request(p, 5, feed=[1] * 5) for p in prompts]), decode(requests)
+    made, preparation = [], Preparation()
+    for again in (requests, [Request(p, 5, feed=[1] * 5) for p in prompts], requests):
+        made.append(engine.decode_batch(again, method, preparation=preparation))
+    first, fed, third = made
     for one, other in zip(first, third, strict=True):
         assert one.tokens == other.tokens
         assert all((other.counts[key] == counts).all() for key, counts in one.counts.items())

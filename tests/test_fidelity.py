@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from macbench.fidelity import Fidelity, OutputError, kl, top1
+from macbench.fidelity import Fidelity, kl, top1
 
 
 def test_kl_of_two_outcomes():
@@ -74,17 +74,3 @@ def test_steps_come_in_order():
     for step in (0, 1):
         with pytest.raises(ValueError):
             meter.compare(step, torch.zeros(1, 3))
-
-
-def test_output_error_is_a_ratio_of_norms_over_all_steps():
-    generator = torch.Generator().manual_seed(1)
-    full, other = (torch.randn(5, 2, 1, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    meter = OutputError(layers=3)
-    for step in range(5):
-        for layer in range(2):
-            meter.add(layer, full[step, layer], other[step, layer])
-    found = meter.result()
-    assert found[2] is None
-    for layer in range(2):
-        wanted = (other[:, layer] - full[:, layer]).norm() / full[:, layer].norm()
-        assert found[layer] == pytest.approx(wanted.item(), rel=1e-12)

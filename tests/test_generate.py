@@ -92,14 +92,14 @@ def test_follow_ups_are_made_for_every_variant_and_counts_add_up(setup, tmp_path
 
 
 def test_one_variant_failing_leaves_the_others(setup, tmp_path, monkeypatch):
-    prepared = Engine.prepared
+    decode = Engine.decode_batch
 
-    def fails(self, prompts, method, *args, **kwargs):
+    def fails(self, requests, method, *args, **kwargs):
         if isinstance(method, Full):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prepared(self, prompts, method, *args, **kwargs)
+        return decode(self, requests, method, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "prepared", fails)
+    monkeypatch.setattr(Engine, "decode_batch", fails)
     made = answers(setup, tmp_path, TwoCalls())
     assert isinstance(made[0], torch.OutOfMemoryError) and isinstance(made[1], generate.Answer)
 
@@ -131,14 +131,14 @@ def test_a_batch_gives_the_answers_of_its_examples(setup, tmp_path, monkeypatch)
         assert larger.pool.free_pages == larger.pool.pages
 
     together(tmp_path / "batch")
-    prepared = Engine.prepared
+    decode = Engine.decode_batch
 
-    def small(self, prompts, *args, **kwargs):
-        if len(prompts) > 1:
+    def small(self, requests, *args, **kwargs):
+        if len(requests) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prepared(self, prompts, *args, **kwargs)
+        return decode(self, requests, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "prepared", small)
+    monkeypatch.setattr(Engine, "decode_batch", small)
     together(tmp_path / "fallback")
 
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_can_follow(setup, tmp_path, monkeypatch):
     interrupted(setup, tmp_path, monkeypatch, 20, variants=VARIANTS[1:])
     made = answers(setup, tmp_path, follow=4)
     assert made[1].resumed_at and not made[0].resumed_at
-    assert set(made[1].fidelity) == {"top1_agreement", "kl_mean"} and not made[0].fidelity
+    assert set(made[1].fidelity) == {"top1_agreement", "kl_mean", "output_error", "rho_page"} and not made[0].fidelity
 
 
 @pytest.mark.parametrize("after", [20, 38, 39, 60])

@@ -1,6 +1,7 @@
 """Judges: what they ask, what they answer, what is kept, and what happens when they cannot."""
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -248,6 +249,35 @@ def test_api_that_refuses_or_has_no_key_is_one_line(server, monkeypatch):
     for wrong in ({"endpoint": "chats"}, {"parallel": 0}, {"base_url": "localhost"}, {"timeout": 0}):
         with pytest.raises(ConfigError, match=f"judge.{next(iter(wrong))}="):
             ApiJudge(**wrong)
+
+
+def test_a_server_that_cannot_be_reached_costs_the_tries_of_few_questions(monkeypatch, tmp_path, capsys):
+    """Not of all: those that run at the time, and no more. The table is made, every check has its error, and one line says why."""
+    monkeypatch.setattr(api, "_BACKOFF", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # nobody listens there
+    tried = []
+    request = ApiJudge._request
+    monkeypatch.setattr(ApiJudge, "_request", lambda self, prompt: tried.append(prompt) or request(self, prompt))
+    judge = ApiJudge(base_url=base, key_env=None, parallel=2, tries=3, per_minute=100_000)
+    found = dict(judge.ask([Question("", "", str(i)) for i in range(200)], "cpu", lambda answer: True))
+    assert len(found) == 200 and all(v.answer is None and "cannot be reached: " in v.error for v in found.values())
+    assert len(tried) <= 2 * 3 + 2
+    node = OmegaConf.create({"_target_": "macbench.judging.api.ApiJudge", "name": "api", "base_url": base, "key_env": None, "tries": 1})
+    assert judge_run(tmp_path, LongGenBench, frame(), node, "cpu") == 9
+    captured = capsys.readouterr()
+    assert "unjudged" in captured.out
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("macbench: ")]
+    assert line.startswith(f"macbench: 9 check(s) could not be judged ({base}/completions cannot be reached: ")
+
+
+def test_a_server_that_comes_back_is_asked_again(server):
+    """What one call found out is not held against the next."""
+    judge = ApiJudge(base_url="http://127.0.0.1:9/v1", key_env=None, tries=1)
+    assert "cannot be reached" in dict(judge.ask([Question("", "", "a")], "cpu", bool))[0].error
+    judge.base_url = server
+    assert dict(judge.ask([Question("", "", "a")], "cpu", bool))[0].answer is not None
 
 
 def test_api_keeps_to_its_rate(server):

@@ -24,7 +24,10 @@ _REFUSED = (400, 401, 403, 404)  # trying again would not help
 @dataclass
 class ApiJudge:
     """``endpoint``: completions sends the raw prompt, chat sends it as a user turn. ``key_env``: the environment variable with the key;
-    null sends none. ``per_minute``: most requests a minute; ``parallel``: most at a time. ``timeout``: seconds per try."""
+    null sends none. ``per_minute``: most requests a minute; ``parallel``: most at a time. ``timeout``: seconds per try.
+
+    A question that fails in all its ``tries`` gets an error. If the server could not be reached in the last of them, the others get it at once.
+    """
 
     model: str = "meta-llama/Llama-3.1-8B-Instruct"
     base_url: str = "http://localhost:8000/v1"
@@ -59,6 +62,7 @@ class ApiJudge:
         if not good:
             raise ConfigError("judge.base_url", self.base_url, "must be an http or https address, such as http://localhost:8000/v1")
         self._lock, self._next, self._over = threading.Lock(), 0.0, threading.Event()
+        self._gone: str | None = None  # why the server cannot be reached
 
     def prepare(self) -> None:
         if self.key_env is not None and not os.environ.get(self.key_env):
@@ -71,6 +75,7 @@ class ApiJudge:
     def ask(self, questions, device, settled):
         self.prepare()
         self._over.clear()
+        self._gone = None
         pool = ThreadPoolExecutor(self.parallel)
         try:
             waiting = {pool.submit(self._answer, question.prompt): index for index, question in enumerate(questions)}
@@ -81,14 +86,17 @@ class ApiJudge:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, prompt: str) -> Verdict:
-        error, pause = "", _BACKOFF
+        error, pause, reached = "", _BACKOFF, False
         for attempt in range(self.tries):
             if attempt:
                 self._over.wait(min(pause, _LONGEST))
                 pause *= 2
+            if self._gone:
+                return Verdict(None, self._gone)
             self._wait_for_turn()
             if self._over.is_set():
                 return Verdict(None, "interrupted")
+            reached = True
             try:
                 return Verdict(self._request(prompt))
             except urllib.error.HTTPError as failure:
@@ -96,11 +104,17 @@ class ApiJudge:
                 if failure.code in _REFUSED:
                     raise ConfigError("judge.base_url", self._url, f"refuses: HTTP {failure.code} {failure.reason}") from None
                 pause = max(pause, _seconds(failure.headers.get("Retry-After")))
+            except urllib.error.URLError as failure:  # before any answer: refused, no such host, no route
+                reason = failure.reason
+                error, reached = f"{self._url} cannot be reached: {getattr(reason, 'strerror', None) or reason}", False
             except TimeoutError:
                 error = f"no answer in {self.timeout:g} s"
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as failure:
                 error = f"{type(failure).__name__}: {getattr(failure, 'reason', None) or failure}"
-        return Verdict(None, f"{error}, {self.tries} tries")
+        error = f"{error}, {self.tries} tries"
+        if not reached:
+            self._gone = error
+        return Verdict(None, error)
 
     @property
     def _url(self) -> str:

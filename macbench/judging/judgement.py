@@ -7,6 +7,7 @@
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -57,7 +58,11 @@ def judge_run(run: Path, task, samples: pd.DataFrame, node, device: str) -> int:
     print(f"\njudged by {describe(facts)}{'' if official else ', which is not the official judge'}; in percent")
     print(format_frame(table[shown].round(1)))
     print(f"judgements: {folder}")
-    return int(checks.error.notna().sum())
+    errors = checks.error.value_counts()
+    if len(errors):
+        said = f"{errors.sum()} check(s) could not be judged ({errors.index[0]})"
+        print(f"macbench: {said}; the same command, or python -m macbench.judge, asks again", file=sys.stderr)
+    return int(errors.sum())
 
 
 def _ask(judge: Judge, questions: list, folder: Path, device: str, settled) -> list[Verdict]:

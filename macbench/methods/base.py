@@ -1,5 +1,6 @@
 """What a method is: three calls, and a report of every byte it reads. A method knows the kernel layer and nothing above it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,7 @@ class Method:
 
     #: Names of what a method keeps on the host between steps, each a list of plain numbers made by ``begin``.
     host_state = ()
+    counted_page = 0  # tokens of the pages whose reads are counted as well; 0: they are not. It takes time
 
     @property
     def prompt_queries(self) -> int:
@@ -59,8 +61,10 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
-    def fit(self, rho: float, tokens: int, shape: Shape) -> "Method":
+    def fit(self, rho: float, tokens: int, shape: Shape, generated: float = 1) -> "Method":
         """A copy whose own knob makes rho_bytes equal ``rho`` with ``tokens`` visible ones, by the method's closed form.
+
+        ``generated``: how many of these were not in the prompt, the current one included; both are means over decode steps.
 
         Raises a ConfigError that names the floor if no value of the knob does. Index lists (4 bytes per id) are left out of the closed forms.
         """
@@ -123,6 +127,7 @@ def label(method: Method) -> str:
 def fitted(method: Method, rho: float, tokens: int, knob: str, value: int, least: int, floor: float, why: str) -> Method:
     """A copy with ``knob`` = ``value``; a ConfigError with ``floor``, and why there is one, if that is below ``least``."""
     if value < least:
+        floor = math.ceil(1000 * floor) / 1000
         raise ConfigError("budget", rho, f"must be at least {floor:.3f} for {label(method)} at {tokens} tokens, its floor: {why}")
     return replace(method, **{knob: value})
 

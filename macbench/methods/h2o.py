@@ -45,7 +45,7 @@ class H2O(Method):
         if ctx <= self.heavy + self.recent + 1:
             return f"h2o keeps {self.heavy + self.recent + 1} tokens; ctx={ctx} evicts nothing"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         row = 1 + 8 / shape.kv_row_bytes  # a row and its score, in rows
         capacity = round(rho * tokens / row) - 1
         fitted(self, rho, tokens, "recent", capacity, 2, 3 * row / tokens, "a heavy hitter, a recent token and the newest")
@@ -65,6 +65,8 @@ class H2O(Method):
         left = torch.arange(prompt, device=sums.device).expand(len(sums), -1)
         if prompt > self.heavy + self.recent:
             left = kept(sums, self.heavy + self.recent, self.recent)
+        # Sums over the prompt's attention take another pass over its keys; what is left keeps a float32 score.
+        self.ledger.prepare(request, self.shape.kv_heads * (prompt * self.shape.key_bytes + left.shape[1] * 4))
         self.survivors.keep(layer, request, left, prompt)
         self.received[layer, request, :, : left.shape[1]] = sums.gather(1, left)
 

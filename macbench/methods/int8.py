@@ -21,7 +21,7 @@ class INT8(Method):
     accessed (rho_log = 1), so rho_bytes = (2 d + 8) / (4 d), whatever the length. No knob, no other mode.
     """
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fixed(rho, tokens, {self.ratio(shape): self})
 
     @staticmethod
@@ -39,6 +39,8 @@ class INT8(Method):
     def after_prefill(self, layer, request, queries, cache):
         for side, codes in enumerate(self.codes[layer]):
             codes.copy(cache, layer, side, request, 0, cache.host_lengths[request])
+        # Read as it is, written as codes.
+        self.ledger.prepare(request, cache.host_lengths[request] * (self.shape.kv_heads * self.shape.kv_row_bytes + self._row))
 
     def attend(self, layer, q_pre, q, cache):
         lengths, (k, v), shape = cache.lengths, self.codes[layer], self.shape

@@ -43,7 +43,7 @@ class KIVI(Method):
         whole = isinstance(self.residual, int) and self.residual > 0 and self.residual % self.group == 0
         require(whole, "method", "residual", self.residual, f"a positive multiple of method.group={self.group}")
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=2), replace(self, bits=4))})
 
     def ratio(self, tokens, shape):
@@ -76,6 +76,8 @@ class KIVI(Method):
         self._quantised[request] = length // self.residual * self.residual
         k.copy(cache, layer, 0, request, 0, self._quantised[request])
         v.copy(cache, layer, 1, request, 0, max(0, length - self.residual))
+        coded = self._quantised[request] + max(0, length - self.residual)  # rows of K or V, read and written as codes
+        self.ledger.prepare(request, self.shape.kv_heads * coded * (self.shape.key_bytes + self._row_bytes(self.shape.head_dim)))
 
     def between_steps(self, cache):
         blocks = []

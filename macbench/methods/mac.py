@@ -84,6 +84,9 @@ class MAC(Method):
         queries = queries.last(self.window)
         first = queries.first - self.band
         state = self.kernels.causal(queries.q, cache, layer, first, self.shape.scale, lo=self.sink, request=request)
+        rows = max(0, queries.first + queries.q.shape[2] - self.band - self.sink)  # that states of the ring cover
+        entries = queries.q.shape[2] * self.shape.q_heads * (self.shape.head_dim * (ELEMENT_BYTES + 4) + _RECORD_EXTRA_BYTES)
+        self.ledger.prepare(request, self.shape.kv_heads * rows * self.shape.kv_row_bytes + entries)
         self.rings[layer].fill(request, queries.q_pre, state, queries.first)
 
     def attend(self, layer, q_pre, q, cache):

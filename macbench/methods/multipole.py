@@ -80,7 +80,7 @@ class Multipole(Method):
         if ctx < exact or (self.mode == "harness" and ctx <= exact + self.budget):
             return f"multipole keeps {exact} tokens exact and has a budget of {self.budget}; ctx={ctx} runs as full attention, or nearly"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         exact = SINKS + 1.5 * BLOCK - 0.5  # the mean over a cycle
         share = 1 / PER_CLUSTER if self.replacement else 0.5 / PER_CLUSTER
         saved = 0.5 / PER_CLUSTER if self.replacement else 0.0  # value centroid of a near token's cluster
@@ -111,6 +111,9 @@ class Multipole(Method):
 
     def after_prefill(self, layer, request, queries, cache):
         clustered, _ = layout(cache.host_lengths[request])
+        # Keys and values read once, however many iterations; two centroids and a count per cluster and a list of the tokens written.
+        clusters = self.shape.kv_row_bytes + 4
+        self.ledger.prepare(request, self.shape.kv_heads * (clustered * (self.shape.kv_row_bytes + 4) + clustered // PER_CLUSTER * clusters))
         generator = self._generator(layer, 0)
         at = self._frozen[request] = 0
         for size in windows(clustered):

@@ -39,7 +39,7 @@ class OracleTopK(Method):
         if ctx <= self.budget:
             return f"oracle_topk keeps {self.budget} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         honest = self.count == "honest"
         budget = round((2 * rho - 1 if honest else rho) * tokens / self.unit) * self.unit
         floor, why = (0.5, "the choice reads every key; count=ideal leaves that out") if honest else (0.0, "")

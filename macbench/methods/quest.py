@@ -57,7 +57,7 @@ class Quest(Method):
         if ctx <= self.pages * self.page:
             return f"quest keeps {self.pages} pages of {self.page} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         f = len([i for i in set(self.dense_layers) if i < shape.layers]) / shape.layers
         budget = 0 if f == 1 else int((rho - f) / (1 - f) * tokens - tokens / self.page) // self.page * self.page
         least = self.min_pages * self.page
@@ -71,7 +71,10 @@ class Quest(Method):
 
     def after_prefill(self, layer, request, queries, cache):
         if layer in self.bounds:
-            pieces = cache.slice(layer, request, 0, cache.host_lengths[request])
+            n = cache.host_lengths[request]
+            pieces = cache.slice(layer, request, 0, n)
+            # All keys read, a row of bounds written for every page.
+            self.ledger.prepare(request, self.shape.kv_heads * (n * self.shape.key_bytes + -(-n // self.page) * self.shape.kv_row_bytes))
             build_bounds(self.bounds[layer], request, torch.cat([k for k, _ in pieces], 1), self.page)
 
     def attend(self, layer, q_pre, q, cache):

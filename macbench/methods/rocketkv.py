@@ -4,6 +4,7 @@ Behnam, Fu, Zhao, Tsai, Yu, Tumanov. arXiv:2502.14051, ICML 2025. Written from t
 """
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,8 +88,18 @@ class RocketKV(Method):
         if self.mode == "harness" and ctx <= self.budget:
             return f"rocketkv has a budget of {self.budget} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
-        return fitted(self, rho, tokens, "budget", round(rho * tokens), LEAST_BUDGET, LEAST_BUDGET / tokens, f"{LEAST_BUDGET} tokens")
+    def fit(self, rho, tokens, shape, generated=1):
+        least = self._rows(LEAST_BUDGET, tokens, shape, generated)
+        budget = bisect(range(tokens + 1), rho * tokens, lo=LEAST_BUDGET, key=lambda b: self._rows(b, tokens, shape, generated))
+        if rho * tokens < least:
+            budget = 0
+        return fitted(self, rho, tokens, "budget", budget, LEAST_BUDGET, least / tokens, f"{LEAST_BUDGET} tokens, and their estimate")
+
+    def _rows(self, budget, tokens, shape, generated):
+        """What a step reads with ``budget``, in rows: about as many, but what is estimated grows with the generated tokens."""
+        size = sizes(max(shape.max_tokens, tokens), self.max_new, shape.head_dim, budget)
+        left = min(tokens - generated, size.keep) + generated
+        return size.topk + size.channels * left / size.chunk / (2 * shape.head_dim)
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
@@ -120,6 +131,9 @@ class RocketKV(Method):
             kept.copy_(torch.cat([best.sort(-1).values, last], 1))
             keys = keys.gather(1, kept.long()[..., None].expand(-1, -1, keys.shape[-1]))
         build_bounds(self.bounds[layer], request, keys, self.size.chunk)
+        # All keys read, bounds of the chunks that are left written.
+        chunks = -(-keys.shape[1] // self.size.chunk)
+        self.ledger.prepare(request, len(keys) * (n * self.shape.key_bytes + chunks * self.bounds[layer].shape[2] * ELEMENT_BYTES))
 
     def _votes(self, q, keys):
         """Pooled attention from the window's queries q [Hq, W, d] to every token before them: [Hkv, n - W]."""
@@ -136,10 +150,10 @@ class RocketKV(Method):
         if layer == 0:  # the same for all layers
             self._prepare(cache)
         self.kernels.extend_bounds(bounds, cache, layer, size.chunk, self.removed)
-        ids = self._tokens(layer, self._chunk_scores(q, bounds))
+        ids, places = self._tokens(layer, self._chunk_scores(q, bounds))
         self.ledger.add(layer, "meta", shape.kv_heads * size.channels * ELEMENT_BYTES, self._scored)
         self.ledger.add(layer, "write", shape.kv_heads * bounds.shape[2] * ELEMENT_BYTES)
-        self.ledger.selected(layer, ids, self._counts, 1, cache.lengths)
+        self.ledger.selected(layer, ids, self._counts, 1, cache.lengths, store=(places, self._left))
         return self.kernels.attend_selected(q, cache, layer, ids, self._counts, shape.scale).out.to(q.dtype)
 
     def _prepare(self, cache):
@@ -171,7 +185,8 @@ class RocketKV(Method):
         return (weights / (weights * self._members).sum(-1, keepdim=True).clamp(min=1e-30)).mean(2)
 
     def _tokens(self, layer, scores):
-        """ids int32 [B, Hkv, n]: the tokens of the best chunks in order, as many as ``_counts`` says, and the newest token among them."""
+        """ids int32 [B, Hkv, n]: the tokens of the best chunks in order, as many as ``_counts`` says, and the newest token among them; and their
+        places among the tokens that are left."""
         size, left = self.size, self._left[:, None, None]
         harness = self.mode == "harness"
         n = min(max(size.topk, self.budget) if harness else size.topk, self.shape.max_tokens)
@@ -186,4 +201,4 @@ class RocketKV(Method):
         rank = torch.where(exists, exists.cumsum(-1) - 1, n).clamp(max=n)  # those that do not fit meet in a column of no interest
         packed = torch.zeros(*places.shape[:2], n + 1, dtype=places.dtype, device=places.device).scatter(-1, rank, places)[..., :n]
         kept = self.kept[layer].gather(-1, packed.clamp(0, size.keep - 1).long())
-        return torch.where(packed < size.keep, kept, packed + self.removed[:, None, None]).int()
+        return torch.where(packed < size.keep, kept, packed + self.removed[:, None, None]).int(), packed

@@ -67,7 +67,6 @@ class SnapKV(Method):
             return f"{label(self)} keeps {self.capacity} tokens; ctx={ctx} runs as full attention"
 
     def fit(self, rho, tokens, shape, generated=1):
-        """``generated``: tokens among ``tokens`` that were not in the prompt, the current one included; a mean will do."""
         if self._gqa == "per_q_head":
             raise ConfigError("budget", rho, f"does not apply to {label(self)} with gqa=per_q_head: the union over a group depends on the text")
         rows, least = rho * tokens, self.window + 1
@@ -93,6 +92,7 @@ class SnapKV(Method):
         if keep >= prompt - self.window:
             self.survivors.keep(layer, request, everything, prompt)
             return
+        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the votes read all keys
         lse = self.kernels.causal(queries.q, cache, layer, queries.first, self.shape.scale, request=request).lse
         votes = self.kernels.column_sums(queries.q, cache, layer, queries.first, lse, self.shape.scale, request=request)
         votes = pooled(reduced(votes[:, : -self.window], self.shape.kv_heads, self._gqa), self.kernel, self.pooling)

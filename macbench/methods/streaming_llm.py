@@ -45,7 +45,7 @@ class StreamingLLM(Method):
         if ctx <= self.sinks + self.recent + 1:
             return f"streaming_llm keeps {self.sinks + self.recent + 1} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         recent = round(rho * tokens) - self.sinks - 1
         return fitted(self, rho, tokens, "recent", recent, 1, (self.sinks + 2) / tokens, "sinks, one more token and the newest")
 

@@ -45,7 +45,7 @@ class TidalDecode(Method):
         if ctx <= self.budget:
             return f"tidaldecode keeps {self.budget} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         f = len([i for i in {*FIRST, self.reselect} if i < shape.layers]) / shape.layers
         budget = 0 if f == 1 else round((rho - f) / (1 - f) * tokens)
         return fitted(self, rho, tokens, "budget", budget, 1, f + (1 - f) / tokens, "its full layers")

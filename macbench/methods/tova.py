@@ -49,7 +49,7 @@ class TOVA(Method):
         if ctx <= self.capacity + 1:
             return f"tova keeps {self.capacity + 1} tokens; ctx={ctx} runs as full attention"
 
-    def fit(self, rho, tokens, shape):
+    def fit(self, rho, tokens, shape, generated=1):
         return fitted(self, rho, tokens, "capacity", round(rho * tokens) - 1, 1, 2 / tokens, "one token and the newest")
 
     def begin(self, shape, kernels, ledger):
@@ -64,6 +64,7 @@ class TOVA(Method):
         if prompt <= self.capacity:
             self.survivors.keep(layer, request, torch.arange(prompt, device=queries.q.device), prompt)
             return
+        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the weights need all keys
         args = (queries.q, cache, layer, queries.first)
         lse = self.kernels.causal(*args, self.shape.scale, request=request).lse
         received = self.kernels.column_sums(*args, lse, self.shape.scale, request=request)

@@ -15,7 +15,9 @@ class Example:
     ``prompt``: rendered text (chat template and answer prefix included). ``input_ids``: its tokens, one BOS.
     ``references``: accepted strings, what they mean is the task's scorer's business. ``max_new_tokens``: generation limit.
     ``example_id`` is unique within a subtask and stable across runs. ``sampling``: greedy unless a protocol says otherwise.
-    ``stop``: strings that end the answer and are no part of it. ``meta``: facts of the example, kept as JSON in its sample row.
+    ``stop``: strings that end the answer and are no part of it; ``ignore_eos``: the model's end-of-sequence tokens do not end it.
+    ``question``: how many of the last ``input_ids`` ask the question, chat template and answer prefix included; 0 if no text is asked about.
+    ``meta``: facts of the example, kept as JSON in its sample row.
     """
 
     subtask: str
@@ -27,6 +29,8 @@ class Example:
     meta: dict = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    question: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Task(Protocol):
     A task may also have any of these:
     ``size(subtask) -> int``: how many examples there are, for a benchmark that has a last one.
     ``follow_up(example, text) -> Example | None``: a second call whose prompt is made from the first answer; its text is what is scored.
-    ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run.
+    ``tables(samples) -> list[tuple[str, DataFrame]]``: more tables with their titles, made from the sample rows of a run;
+    ``layer_tables(layers)``: from its layer rows.
+    ``reaches_limit``: whether texts are expected to be as long as they may be.
+    ``follow``: for how many steps every method follows full attention's text.
     ``guesses(samples) -> dict[str, float]``: scores that take no reading, by name: the chance level, the best constant answer. Static.
     ``checks(samples)``, ``verdict(answer)``, ``judged(texts, checks)`` and ``official_judge``: questions for a judge about the texts of a
     run and what becomes of the answers (see ``macbench/judging``); none of them needs an instance.

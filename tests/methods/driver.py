@@ -8,6 +8,10 @@ from macbench_kernels import PagedKVCache, PagePool, kernels
 from macbench.counting import Ledger, Shape
 from macbench.methods.base import Method, PromptQueries
 
+# Sizes of the default model and of Llama-3.1-8B.
+SMOL = dict(layers=30, q_heads=9, kv_heads=3, head_dim=64, scale=0.125)
+LLAMA = dict(layers=32, q_heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
+
 
 @dataclass
 class Stream:

@@ -58,7 +58,8 @@ def test_golden_snapkv_pipeline(backend):
     torch.testing.assert_close(votes.mean(0).cpu(), torch.tensor([0.157022, 0.101908, 0.501732, 0.263129, 0.356960, 0.349965]), atol=1e-6, rtol=0)
     for pooling, want in (("avg", [2, 3, 4, 6, 7]), ("max", [1, 2, 3, 6, 7])):
         method = SnapKV(capacity=5, window=2, kernel=3, pooling=pooling)
-        method.begin(Shape(1, 2, 1, 16, 2**-0.5, device=DEVICE, max_tokens=16), layer, None)
+        shape = Shape(1, 2, 1, 16, 2**-0.5, device=DEVICE, max_tokens=16)
+        method.begin(shape, layer, Ledger(shape))
         method.after_prefill(0, 0, PromptQueries(q[None], q[None], 6), cache)
         assert method.survivors.ids[0, 0, 0, :5].tolist() == want
 

@@ -10,8 +10,8 @@ from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
 from macbench.methods import multipole
 from macbench.methods.multipole import Multipole, layout, windows
-from tests.methods.driver import Batch, Text, rotate
-from tests.methods.test_matrix import LLAMA, SMOL, Recorder
+from tests.methods.driver import LLAMA, SMOL, Batch, Text, rotate
+from tests.methods.recorder import Recorder
 
 
 @pytest.mark.parametrize(("prompt", "clustered", "clusters", "recent"), [(266, 128, 8, 128), (1000, 768, 48, 222), (8192, 7936, 496, 246)])

@@ -9,8 +9,8 @@ from macbench.counting import Shape
 from macbench.errors import ConfigError
 from macbench.methods import rocketkv
 from macbench.methods.rocketkv import RocketKV, Sizes, sizes
-from tests.methods.driver import Batch, Text, toy
-from tests.methods.test_matrix import SMOL, Recorder
+from tests.methods.driver import SMOL, Batch, Text, toy
+from tests.methods.recorder import Recorder
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ DEVIATIONS = (
     "denominator: every item asked counts; official runs leave out items whose response stayed empty",
     "chain of thought: an empty first response is followed up like any other",
 )
+_END_OF_TEXT = "\n</text>\n\n"  # behind it is the question
 
 
 class LongBenchV2:
@@ -72,7 +73,9 @@ class LongBenchV2:
         stream = hashlib.sha256(f"{self.name}/{self.seed}/{prompt}/{item['_id']}".encode()).digest()
         sampling = Sampling(self.sampling.temperature, seed=int.from_bytes(stream[:6]))
         rendered, limit = self.chat.render(cut.text), protocol.MAX_NEW_TOKENS[prompt]
-        return Example(subtask, str(index), rendered, cut.ids, [item["answer"]], limit, meta, sampling)
+        _, found, question = rendered.rpartition(_END_OF_TEXT)
+        asked = len(self.chat.encode_piece(question)) if found else 0
+        return Example(subtask, str(index), rendered, cut.ids, [item["answer"]], limit, meta, sampling, question=asked)
 
     def _cut(self, prompt: str, item: dict, reasoning: str) -> Cut:
         """The prompt, truncated so that it fits together with its answer."""

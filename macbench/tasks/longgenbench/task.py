@@ -27,6 +27,7 @@ class LongGenBench:
     """
 
     version = 1
+    reaches_limit = True  # what is ordered takes all of it
     official_judge = protocol.JUDGE
 
     def __init__(

@@ -11,6 +11,9 @@ from macbench.tasks.ruler.fit import Draft, largest_fit, too_small
 from macbench.tasks.ruler.pieces import Pieces, WholeTexts, exact_cuts
 from macbench.tasks.ruler.rng import Rng
 
+# How questions begin, on a line of their own behind the context.
+_QUESTIONS = ("What are ", "What is ", "Question: ")
+
 
 @dataclass
 class Kit:
@@ -83,4 +86,10 @@ class Generator:
         if len(input_ids) + self.wording.tokens_to_generate > self.kit.ctx:
             raise AssertionError(f"{self.name} {index}: {len(input_ids)} prompt tokens do not leave room to generate in {self.kit.ctx}")
         meta = {"index": index, "haystack_units": units, **draft.meta(units)}
-        return Example(self.name, str(index), prompt, input_ids, draft.references, self.wording.tokens_to_generate, meta)
+        limit, question = self.wording.tokens_to_generate, self._question(prompt)
+        return Example(self.name, str(index), prompt, input_ids, draft.references, limit, meta, question=question)
+
+    def _question(self, prompt: str) -> int:
+        """Tokens of the last line that asks something, and of everything after it."""
+        start = max(prompt.rfind("\n" + opening) for opening in _QUESTIONS) + 1
+        return len(self.chat.encode_piece(prompt[start:]))

@@ -124,6 +124,17 @@ TEXT = (
 )
 
 
+def test_texts_may_be_made_to_reach_their_limit(chat, tmp_path):
+    path = str(longgenbench_data.write(tmp_path))
+    official, endless = (LongGenBench(chat, 2000, data_path=path, ignore_eos=ignore) for ignore in (False, True))
+    example = endless.example(endless.subtasks[0], 0)
+    assert (example.stop, example.ignore_eos) == ((), True) and not official.example(official.subtasks[0], 0).ignore_eos
+    assert "not official" in endless.protocol()["stop"] and official.protocol()["stop"] == "*** finished"
+    assert len(endless.protocol()["deviations"]) == len(official.protocol()["deviations"]) + 1
+    with pytest.raises(ConfigError, match="task.ignore_eos=1: must be true or false"):
+        LongGenBench(chat, 2000, data_path=path, ignore_eos=1)
+
+
 def test_parts():
     """The first piece that names a number is that part; the first number in a piece counts; case matters."""
     found = scoring.parts("#*# Floor 1:" + TEXT, "Floor")

@@ -60,10 +60,13 @@ def run(cfg: DictConfig) -> int:
     if not (cfg.question_in_prefill or any(example.question for example in last)):
         raise ConfigError("question_in_prefill", "false", f"needs a task whose questions follow a context; those of task={cfg.task.name} do not")
     floors: list[str] = []
+    shape = planned_shape(cfg.model, dtype, device, ctx)
     if cfg.budget is not None:
         tokens, new = budget.expected(task, cfg.expect, cfg.question_in_prefill)
-        variants, floors = budget.fit(cfg, variants, tokens, planned_shape(cfg.model, dtype, device, ctx), new)
+        variants, floors = budget.fit(cfg, variants, tokens, shape, new)
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
+    for variant in variants:
+        variant.method.check(shape)
     if hasattr(task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, too
     directory = open_directory(cfg, task, resolved)

@@ -123,10 +123,13 @@ def prepare(cfg: DictConfig) -> Plan:
     if not (cfg.question_in_prefill or any(example.question for example in last)):
         raise ConfigError("question_in_prefill", "false", f"needs a task whose questions follow a context; those of task={cfg.task.name} do not")
     floors: list[str] = []
+    shape = planned_shape(cfg.model, dtype, device, ctx)
     if cfg.budget is not None:
         tokens, new = budget.expected(task, cfg.expect, cfg.question_in_prefill)
-        variants, floors = budget.fit(cfg, variants, tokens, planned_shape(cfg.model, dtype, device, ctx), new)
+        variants, floors = budget.fit(cfg, variants, tokens, shape, new)
         resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
+    for variant in variants:
+        variant.method.check(shape)
     wanted = Asked(numbers, [[v.name, v.label] for v in variants])
     notes = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
     return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))), cfg.question_in_prefill)

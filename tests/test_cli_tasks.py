@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from macbench import judge as judge_module
 from macbench.engine import Engine
+from macbench.models.weights import load
 from tests.tasks import longbench_v2_data, longgenbench_data
 from tests.test_cli import macbench, samples, tiny_model  # noqa: F401
 
@@ -148,3 +150,16 @@ def test_one_clear_line_and_exit_code_2(macbench, base, tmp_path, args, said):  
     code, out, err = macbench(*base, *[a.replace("DATA", str(folder)) for a in args])
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith("macbench: ") and said in err and "Traceback" not in out + err
+
+
+def test_every_text_reaches_its_limit(macbench, base, tmp_path, monkeypatch):  # noqa: F811
+    """Every token ends a sequence here; the runs are different ones."""
+    monkeypatch.setattr("macbench.run.load", lambda *args: replace(load(*args), stop_ids=frozenset(range(49152))))
+    folder = longgenbench_data.write(tmp_path)
+    args = [*base, "method=full", "task=longgenbench", f"task.data_path={folder}", "task.max_new_tokens=30", "ctx=400", "limit=1", "judge=none"]
+    assert macbench(*args)[0] == 0
+    assert set(samples(tmp_path).new_tokens) == {1}
+    code, _, err = macbench(*args, "task.ignore_eos=true")
+    assert code == 0 and "not official" in err
+    frame = samples(tmp_path)
+    assert set(zip(frame.new_tokens, frame.finish_reason, strict=True)) == {(1, "stop"), (30, "length")} and frame.run_id.nunique() == 2

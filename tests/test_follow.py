@@ -170,3 +170,16 @@ def test_what_has_no_question_says_so(macbench, tiny_args, tmp_path):  # noqa: F
     args += ["task=longgenbench", f"task.data_path={folder}", "ctx=400", "question_in_prefill=false"]
     code, _, err = macbench(*args)
     assert (code, err.count("\n")) == (2, 1) and err.startswith("macbench: question_in_prefill=false: needs a task")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["method=kivi"], "method.group=32: must be a divisor of the model's head dimension 16"),
+        (["method=rocketkv", "method.window=400"], "method.budget=1024: leaves 384 prompt tokens at ctx=512; method.window=400"),
+        (["method=full", "compare=[kivi]"], "method.group=32: must be a divisor"),
+    ],
+)
+def test_knobs_that_do_not_go_with_the_model_are_found_before_the_prefill(macbench, tiny_args, args, said):  # noqa: F811
+    code, out, err = macbench(*tiny_args, *args)
+    assert (code, err.count("\n"), out) == (2, 1, "") and said in err

@@ -61,6 +61,9 @@ class Method:
         """A line for the user if the method has no effect at a context of ``ctx`` tokens."""
         return None
 
+    def check(self, shape: Shape) -> None:
+        """Raise a ConfigError if a knob does not go with this shape: asked before anything is computed."""
+
     def fit(self, rho: float, tokens: int, shape: Shape, generated: float = 1) -> "Method":
         """A copy whose own knob makes rho_bytes equal ``rho`` with ``tokens`` visible ones, by the method's closed form.
 

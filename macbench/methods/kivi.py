@@ -61,9 +61,12 @@ class KIVI(Method):
         past = lengths - 1
         return (past // self.residual * self.residual).clamp(min=0), (past - self.residual).clamp(min=0)
 
+    def check(self, shape):
+        require(shape.head_dim % self.group == 0, "method", "group", self.group, f"a divisor of the model's head dimension {shape.head_dim}")
+
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
-        require(shape.head_dim % self.group == 0, "method", "group", self.group, f"a divisor of the model's head dimension {shape.head_dim}")
+        self.check(shape)
         sizes = (shape.batch, shape.kv_heads, shape.max_tokens, shape.head_dim)
         schemes = {"k": Scheme(self.bits, self.group, 1), "v": Scheme(self.bits, 1, self.group)}
         self.codes = [tuple(Codes.create(scheme, *sizes, self.buffer, f"{side}{i}") for side, scheme in schemes.items()) for i in range(shape.layers)]

@@ -101,13 +101,15 @@ class RocketKV(Method):
         left = min(tokens - generated, size.keep) + generated
         return size.topk + size.channels * left / size.chunk / (2 * shape.head_dim)
 
+    def check(self, shape):
+        keep = sizes(shape.max_tokens, self.max_new, shape.head_dim, self.budget).keep
+        if keep < self.window:
+            raise ConfigError("method.budget", self.budget, f"leaves {keep} prompt tokens at ctx={shape.max_tokens}; method.window={self.window}")
+
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
+        self.check(shape)
         size = self.size = sizes(shape.max_tokens, self.max_new, shape.head_dim, self.budget)
-        if size.keep < self.window:
-            raise ConfigError(
-                "method.budget", self.budget, f"leaves {size.keep} prompt tokens at ctx={shape.max_tokens}; method.window={self.window}"
-            )
         heads = (shape.batch, shape.kv_heads)
         sides = 1 if size.chunk == 1 else 2  # the bounds of a single key are the key
         chunks = rounded(-(-shape.max_tokens // size.chunk))

@@ -32,6 +32,21 @@ def test_golden_residual(prompt, length, want):
     assert (k.item(), length - k.item(), v.item(), length - v.item()) == want
 
 
+@pytest.mark.parametrize(
+    ("dim", "bits", "group", "row", "times"),
+    [
+        *((128, 2, g, row, times) for g, row, times in ((32, 48, 5.33), (64, 40, 6.4), (128, 36, 7.1))),
+        *((128, 4, g, row, times) for g, row, times in ((32, 80, 3.20), (64, 72, 3.56), (128, 68, 3.76))),
+        *((64, 2, g, row, times) for g, row, times in ((32, 24, 5.33), (64, 20, 6.4))),
+        *((64, 4, g, row, times) for g, row, times in ((32, 40, 3.20), (64, 36, 3.56))),
+    ],
+)
+def test_golden_bytes_of_a_row(dim, bits, group, row, times):
+    """Codes with float16 scales and zeros, K or V of a token and KV head, and how many times smaller that is than bf16."""
+    found = KIVI(bits=bits, group=group, residual=group)._row_bytes(dim)
+    assert found == row and 2 * dim / found == pytest.approx(times, abs=0.02)
+
+
 class Counted:
     """Kernels that compute nothing, so that counts at any length cost nothing."""
 

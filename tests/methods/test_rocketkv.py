@@ -9,7 +9,7 @@ from macbench.counting import Shape
 from macbench.errors import ConfigError
 from macbench.methods import rocketkv
 from macbench.methods.rocketkv import RocketKV, Sizes, sizes
-from tests.methods.driver import SMOL, Batch, Text, toy
+from tests.methods.driver import LLAMA, SMOL, Batch, Text, toy
 from tests.methods.recorder import Recorder
 
 
@@ -38,6 +38,21 @@ def test_golden_compression_of_64_times():
 
 
 KEYS = [(3, 0, -1, 1), (2, -1, 0, -2), (-3, -3, 0, 2), (-3, 3, -3, 2), (-1, 1, -1, 1), (-3, -3, -3, 3), (-3, 0, 0, 1), (-2, -3, -3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "budget", "kv", "rho"),
+    [(LLAMA, 131072, 4096, 0.0156, 0.0312), (LLAMA, 131072, 16384, 0.0625, 0.1250), (SMOL, 8192, 512, 0.0313, 0.0625)],
+)
+def test_golden_bytes(shape, tokens, budget, kv, rho):
+    """With as many tokens left as the sizes plan for, cap: exact rows, and rows with their estimate (bounds of r channels for every chunk)."""
+    shape = Shape(**shape)
+    size = sizes(tokens, 128, shape.head_dim, budget)
+    assert size.topk / tokens == pytest.approx(kv, abs=1e-4)
+    estimate = -(-size.cap // size.chunk) * size.channels * 2
+    assert (size.topk * shape.kv_row_bytes + estimate) / (tokens * shape.kv_row_bytes) == pytest.approx(rho, rel=0.01)  # channels are whole
+    # fit is the way back, where all of the prompt that is to be kept and max_new tokens are there.
+    assert RocketKV().fit(rho, tokens, shape, 128).budget == pytest.approx(budget, rel=0.01)
 
 
 def test_golden_step(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from macbench.counting import Shape
+from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
@@ -240,6 +240,23 @@ def test_a_fitted_budget_is_what_a_run_measures(method, rho):
     counts = batch.counts()
     measured = sum(counts[f"bytes_{c}"].sum() for c in ("kv", "meta", "state", "idx")) / counts["bytes_full"].sum()
     assert measured == pytest.approx(rho, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "k", "kv", "rho"),
+    [(LLAMA, 131072, 4096, 0.2344, 0.2352), (LLAMA, 131072, 16384, 0.5625, 0.5659), (SMOL, 8192, 512, 0.2958, 0.2984)],
+)
+def test_golden_bytes_of_a_set_for_each_head(shape, length, k, kv, rho):
+    """TidalDecode per query head at its worst: the sets of a group have nothing in common."""
+    ledger = Ledger(shape)
+    ledger.begin_step([length])
+    ids = (torch.arange(shape.q_heads)[:, None] % shape.group * k + torch.arange(k)).int()[None]
+    ledger.selected(3, ids, torch.full((1, shape.q_heads), k, dtype=torch.int32), 1, torch.tensor([length], dtype=torch.int32))
+    ledger.end_step()
+    counts = {name: int(values[0, 3, 0]) for name, values in ledger.counts().items()}
+    dense = 4 / shape.layers
+    assert dense + (1 - dense) * counts["bytes_kv"] / counts["bytes_full"] == pytest.approx(kv, abs=1e-4)
+    assert dense + (1 - dense) * (counts["bytes_kv"] + counts["bytes_idx"]) / counts["bytes_full"] == pytest.approx(rho, abs=1e-4)
 
 
 def test_golden_table_of_bytes():

@@ -5,6 +5,7 @@ import io
 import json
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -53,6 +54,8 @@ DAMAGED = {
     "no parts": ([made.item(number=0)], "orders 0 parts"),
     "twice": ([made.item(), made.item()], "the same prompt twice"),
     "truncated": (json.dumps(made.items())[:200], "truncated?"),
+    "trailing": (json.dumps(made.items()) + " x", "cannot be read as JSON (Extra data"),
+    "half a character": ([made.item(prompt="\ud800" + made.item()["prompt"])], "item 0 has half a character"),
     "no list": ("{}", "is not a list"),
 }
 
@@ -62,6 +65,13 @@ def test_wrong_data_is_one_line(tmp_path, name):
     content, said = DAMAGED[name]
     text = message(data.load, "16k", str(made.write(tmp_path, content)))
     assert text.startswith("task.data_path=") and said in text
+
+
+def test_the_file_of_the_other_split_is_no_mistake_to_run_with(tmp_path, monkeypatch):
+    path = made.write(tmp_path) / "Dataset_short.json"
+    wrong = replace(protocol.SPLITS["32k"], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(protocol.SPLITS, "32k", wrong)
+    assert message(data.load, "16k", str(path)) == f"task.split=16k: but {path} is the official file of task.split=32k"
 
 
 def test_the_published_file_is_fetched_once_and_checked(monkeypatch, tmp_path):
@@ -122,6 +132,17 @@ TEXT = (
     " the lobby, with a gardening festival.\n#*# Floor 2: a small library. #*# Floor 2: again, no library. #*# no number here "
     "#*# See Floor 4 and Floor 5: a cafe #*#Floor 9: too high. #*# floor 3: small letters"
 )
+
+
+def test_texts_may_be_made_to_reach_their_limit(chat, tmp_path):
+    path = str(made.write(tmp_path))
+    official, endless = (LongGenBench(chat, 2000, data_path=path, ignore_eos=ignore) for ignore in (False, True))
+    example = endless.example(endless.subtasks[0], 0)
+    assert (example.stop, example.ignore_eos) == ((), True) and not official.example(official.subtasks[0], 0).ignore_eos
+    assert "not official" in endless.protocol()["stop"] and official.protocol()["stop"] == "*** finished"
+    assert len(endless.protocol()["deviations"]) == len(official.protocol()["deviations"]) + 1
+    with pytest.raises(ConfigError, match=r"task\.ignore_eos=1: must be true or false"):
+        LongGenBench(chat, 2000, data_path=path, ignore_eos=1)
 
 
 def test_parts():

@@ -87,11 +87,16 @@ def broken(tmp_path: Path, name: str, content: object) -> Data:
         ({"text": ["a"]}, "without a str named 'text'"),
         (["a"], "without a str named 'text'"),
         ({"text": " \n"}, "has no words"),
+        ({"text": "a \ud83d b"}, "has half a character"),
     ],
 )
 def test_damaged_essays(tmp_path, content, complaint):
     error = message(lambda: broken(tmp_path, "PaulGrahamEssays.json", content).essays)
     assert error.startswith("task.data_path=") and "PaulGrahamEssays.json" in error and complaint in error
+
+
+def test_characters_beyond_16_bits_may_be_escaped(tmp_path):
+    assert broken(tmp_path, "PaulGrahamEssays.json", {"text": "a \U0001f600 b"}).essays == "a \U0001f600 b"
 
 
 def squad_with(**changes) -> dict:

@@ -48,7 +48,7 @@ class Items:
             seen.add(facts.id)
             self.facts.append(facts)
             for field in FIELDS:
-                digest.update(item[field].encode("utf-8", "surrogatepass") + b"\0")
+                digest.update(_bytes(where, index, field, item[field]) + b"\0")
         if not self.facts:
             raise ConfigError(KEY, where, "has no items")
         self.sha256 = digest.hexdigest()
@@ -147,10 +147,15 @@ def objects(data: mmap.mmap | bytes, where: object) -> Iterator[tuple[int, int]]
         if data[position : position + 1] != b",":
             break
         position = _skip(data, position + 1)
+        if data[position : position + 1] == b"]":
+            raise ConfigError(KEY, where, f"has a comma but no item after item {number - 1}")
     if not data[position : position + 1]:
         raise ConfigError(KEY, where, f"ends after item {number - 1}; the file is truncated")
     if data[position : position + 1] != b"]":
         raise ConfigError(KEY, where, f"has something else than an item at byte {position}")
+    position = _skip(data, position + 1)
+    if data[position : position + 1]:
+        raise ConfigError(KEY, where, f"goes on after the list of items, at byte {position}")
 
 
 def _skip(data, position: int) -> int:
@@ -192,10 +197,20 @@ def _after_string(data, position: int) -> int | None:
     return None
 
 
+def _bytes(where: object, index: int, field: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(KEY, where, f"item {index} has half a character (a lone surrogate) in {field!r}, which no tokenizer takes") from None
+
+
 def _checked(where: object, index: int, item: object) -> Facts:
     for field in FIELDS:
         if not isinstance(item, dict) or not isinstance(item.get(field), str):
             raise ConfigError(KEY, where, f"item {index} has no text named {field!r}")
+    for field in ("_id", "question", "context"):
+        if not item[field].strip():
+            raise ConfigError(KEY, where, f"item {index} has nothing in {field!r}")
     for field, allowed in _ALLOWED.items():
         if item[field] not in allowed:
             raise ConfigError(KEY, where, f"item {index} ({item['_id']}) has {field} {item[field]!r}, must be one of {', '.join(allowed)}")

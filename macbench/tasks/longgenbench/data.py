@@ -63,6 +63,9 @@ def load(split: str, data_path: str | None, sha256: str | None = None) -> Items:
     found = hashlib.sha256(raw).hexdigest()
     if sha256 is not None and found != sha256:
         raise ConfigError("task.data_sha256", sha256, f"but {path} has {found}")
+    other = next((name for name, split_ in protocol.SPLITS.items() if split_.sha256 == found and split_ is not facts), None)
+    if other is not None:
+        raise ConfigError("task.split", split, f"but {path} is the official file of task.split={other}")
     if not isinstance(entries, list) or not entries:
         raise ConfigError(KEY, path, "is not a list of items")
     items = [_item(path, index, entry) for index, entry in enumerate(entries)]
@@ -90,6 +93,10 @@ def _item(where: Path, index: int, entry: object) -> Item:
         raise ConfigError(KEY, where, f"item {index} has type {item.type!r}, must be one of {', '.join(protocol.TYPES)}")
     if item.number < 1:
         raise ConfigError(KEY, where, f"item {index} orders {item.number} parts")
+    try:
+        "".join([item.prompt, *(event for _, _, event in checks)]).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(KEY, where, f"item {index} has half a character (a lone surrogate), which no tokenizer takes") from None
     if not item.prompt.endswith(item.prefix):
         raise ConfigError(KEY, where, f"item {index} has a prompt that does not end with its prefix")
     return item

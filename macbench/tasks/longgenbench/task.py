@@ -17,13 +17,15 @@ DEVIATIONS = (
     "score: the score of a sample is its completion rate, which needs no judge; STIC-1 and STIC-2 come from verdicts",
     "stic_2_se: the standard error is ours, over texts",
 )
+_NO_END = "stop: with task.ignore_eos=true every text goes on to its limit; its scores are not official, because models write on behind their end"
 
 
 class LongGenBench:
     """400 orders for a long text: 100 each of diary, menu, skyscraper and urban planning.
 
     ``split``: 16k or 32k. ``sampling``: official (temperature 0.95, top-p 0.95) or greedy. ``max_new_tokens``: fewer than the official
-    16,000 or 32,000, or None. Prompts go to the model raw, without a chat template.
+    16,000 or 32,000, or None. ``ignore_eos``: neither end-of-sequence tokens nor the stop string end a text, so that all have the same length
+    and drift can be measured; not official. Prompts go to the model raw, without a chat template.
     """
 
     version = 1
@@ -39,6 +41,7 @@ class LongGenBench:
         subtasks: Iterable[str] | None = None,
         sampling: str = "official",
         max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
         data_path: str | None = None,
         data_sha256: str | None = None,
     ):
@@ -46,6 +49,9 @@ class LongGenBench:
         choose("task.sampling", sampling, ("official", "greedy"))
         if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
             raise ConfigError("task.max_new_tokens", max_new_tokens, "must be null or an integer of at least 1")
+        if not isinstance(ignore_eos, bool):
+            raise ConfigError("task.ignore_eos", ignore_eos, "must be true or false")
+        self.ignore_eos, self.stop = ignore_eos, () if ignore_eos else (protocol.STOP,)
         self.name, self.split, self.chat, self.ctx, self.seed = f"longgenbench_{split}", str(split), chat, ctx, seed
         self.limit = min(max_new_tokens or protocol.SPLITS[split].max_new_tokens, protocol.SPLITS[split].max_new_tokens)
         official = Sampling(protocol.TEMPERATURE, protocol.TOP_P, seed=protocol.SEED)
@@ -68,7 +74,7 @@ class LongGenBench:
         if room < 1:
             raise ConfigError("ctx", self.ctx, f"does not hold {subtask} {index}, whose prompt has {len(ids)} tokens, and an answer")
         meta = {"type": item.type, "prefix": item.prefix, "number": item.number, "checks": item.checks}
-        return Example(subtask, str(index), item.prompt, ids, [], room, meta, self.sampling, (protocol.STOP,))
+        return Example(subtask, str(index), item.prompt, ids, [], room, meta, self.sampling, self.stop, self.ignore_eos)
 
     def score(self, example: Example, text: str) -> float:
         """Completion rate, 0 to 1."""
@@ -127,12 +133,12 @@ class LongGenBench:
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "sampling_seed": self.sampling.seed,
-            "stop": protocol.STOP,
+            "stop": "none, nor end of sequence (not official)" if self.ignore_eos else protocol.STOP,
             "chat_template": "none (raw prompt)",
             "bos_count": len(self.chat.encode("")),
             "data": self.items.source,
             "data_sha256": self.items.sha256,
             "data_official": self.items.official,
             "checks": self.items.checks,
-            "deviations": list(DEVIATIONS),
+            "deviations": [*DEVIATIONS, *([_NO_END] if self.ignore_eos else [])],
         }

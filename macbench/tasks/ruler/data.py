@@ -131,6 +131,11 @@ class Data:
             content = json.loads(raw)
         except (OSError, ValueError, RecursionError) as error:
             raise _damaged(path, f"cannot be read as JSON ({error})") from None
+        if b"\\ud" in raw.lower():  # escapes of characters in halves, which come in pairs
+            try:
+                json.dumps(content, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise _damaged(path, "has half a character (a lone surrogate), which no tokenizer takes") from None
         self._note(what, path.name, raw)
         return content
 

@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from macbench.errors import ConfigError, choose
+from macbench.errors import ConfigError, choose, one_line
 
 _HERE = Path(__file__).parent
 # In a wheel conf/ is installed inside the package; in a checkout it is its neighbour.
@@ -50,7 +50,7 @@ def check(argv: list[str]) -> None:
             (Path(config.runs_dir) / ".sweep").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra's and OmegaConf's own, and whatever else strange overrides of hydra.* make them raise
         raise _explain(error, single) from error
 
 
@@ -97,7 +97,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         except ConfigError as nearest:
             return ConfigError(key, value, "no such key; " + str(nearest).split(": ", 1)[1])
         return ConfigError(key, value, f"the chosen {parent or 'configuration'} has no such key")
-    return ConfigError("command line", " ".join(overrides), text.splitlines()[0])
+    return ConfigError("command line", " ".join(overrides), one_line(error))
 
 
 def parse_ctx(value: object) -> int:

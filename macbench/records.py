@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
 from macbench.files import SCRATCH, write_whole
+from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
 _COUNTS = [
@@ -116,12 +117,12 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole."""
-        self._whole(self.path / name, lambda file: file.write(text.encode()))
+        self._whole(self.path / name, lambda file: file.write(redact(text).encode()))
 
     def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
         """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata."""
         name = part + ".parquet"
-        metadata = {"macbench": json.dumps(environment)}
+        metadata = {"macbench": redact(json.dumps(environment))}
         for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
             rows = tables[table]
             schema = SCHEMAS[table].with_metadata(metadata)

@@ -27,6 +27,7 @@ from macbench.models.chat import Chat
 from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
+from macbench.redact import redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, summarise
@@ -283,7 +284,7 @@ def _rate(bar: tqdm, stage: str):
 
 def _one_line(error: Exception) -> str:
     hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
-    return f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}"
+    return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 
 def report(directory: RunDirectory, plan: Plan):

@@ -57,9 +57,7 @@ def open_logger(cfg, directory, config: dict) -> Iterator[NoLogger]:
         config, project, entity = json.loads(redact(json.dumps([config, cfg.project, cfg.entity], default=str)))
         # Its own description of the process would hold the command line, keys included; environment.json has what matters.
         quiet = wandb.Settings(x_disable_meta=True, console="off")
-        run = wandb.init(
-            project=project, entity=entity, mode=cfg.mode, dir=str(directory.path), name=directory.run_id, config=config, settings=quiet
-        )
+        run = wandb.init(project=project, entity=entity, mode=cfg.mode, dir=str(directory.path), name=directory.run_id, config=config, settings=quiet)
     except (OSError, wandb.Error) as error:
         print(f"macbench: wandb is off for this run ({str(error).splitlines()[0]})", file=sys.stderr)
         yield NoLogger()

@@ -12,12 +12,14 @@ from time import time
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from macbench_kernels import Kernels, UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import asked, budget, cli, environment, judging, loggers, partial, settings
+from macbench import asked, budget, cli, environment, judging, loggers, partial, settings, sweep
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
@@ -333,7 +335,9 @@ def _guarded(cfg: DictConfig) -> None:
     except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
         code = 143 if isinstance(stop, interrupt.Terminated) else 130
-    if code:
+    if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep.note(code)  # the other jobs go on
+    elif code:
         sys.exit(code)
 
 
@@ -344,11 +348,20 @@ def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
     sys.argv[1:] = cli.normalise(sys.argv[1:])
     try:
-        cli.check(sys.argv[1:])
+        folder = cli.check(sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
-    _hydra_main()
+    if folder is None:
+        _hydra_main()
+        return
+    sweep.begin(folder)
+    try:
+        _hydra_main()
+    finally:
+        code = sweep.end()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

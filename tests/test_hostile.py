@@ -370,7 +370,7 @@ def test_random_configurations(macbench, tiny_args, monkeypatch, tmp_path):  # n
     monkeypatch.chdir(tmp_path)
 
     @given(st.lists(st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
-    @settings(QUICK, max_examples=120)
+    @settings(QUICK, max_examples=50)
     def check(overrides):
         args = [f"{sign}{key}" + ("" if sign == "~" else f"={value}") for sign, key, value in overrides]
         with within():

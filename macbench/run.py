@@ -332,6 +332,9 @@ def _guarded(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
         code = 2
+    except OSError as error:  # a disk that is full, read-only or gone while a lease, a part or a log is written
+        print(f"macbench: {ConfigError('runs_dir', error.filename or cfg.get('runs_dir'), one_line(error))}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
         code = 143 if isinstance(stop, interrupt.Terminated) else 130

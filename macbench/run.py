@@ -239,7 +239,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
 
 
 def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
-    """The rows of the three tables from what each variant made of an example. A failure becomes a row with ``error``."""
+    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``."""
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
     for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
@@ -254,8 +254,8 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
-            tables["steps"] += step_rows(answer.generation, key)
-            tables["layers"] += layer_rows(answer.generation, key)
+            tables["steps"].append(step_rows(answer.generation, key))
+            tables["layers"].append(layer_rows(answer.generation, key))
         else:
             row["error"] = _one_line(answer)
         tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})

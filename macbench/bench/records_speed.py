@@ -38,7 +38,11 @@ def main() -> None:
                 assert leases.claim(part)
                 times.append(perf_counter())
                 key = {"run_id": directory.run_id, "method": "mac", "variant": "", "subtask": "a", "example_id": str(index)}
-                tables = {"samples": [key | sample_columns(generation)], "steps": step_rows(generation, key), "layers": layer_rows(generation, key)}
+                tables = {
+                    "samples": [key | sample_columns(generation)],
+                    "steps": [step_rows(generation, key)],
+                    "layers": [layer_rows(generation, key)],
+                }
                 times.append(perf_counter())
                 directory.write_example(part, tables, {})
                 times.append(perf_counter())

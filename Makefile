@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | figures. Each does the set-up that it needs in .venv.
+# make setup | demo | test | lint | figures | gpus. Each does the set-up that it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 # Where figures come from.
 RUNS ?= runs
 
-.PHONY: setup demo test lint figures bench clean
+.PHONY: setup demo test lint figures gpus clean
 
 setup: $(READY)
 
@@ -34,6 +34,13 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# One run by all GPUs of this machine, a process each: make gpus ARGS="method=mac compare=[full] task=ruler model=llama31_8b ctx=120k"
+GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+gpus: $(READY)
+	@test $(GPUS) -gt 0 || { echo "no GPU found; GPUS=n starts n processes"; exit 2; }
+	seq 0 $$(( $(GPUS) - 1 )) | xargs -P $(GPUS) -I{} env CUDA_VISIBLE_DEVICES={} $(BIN)/python -m macbench.run $(ARGS)
+	$(BIN)/python -m macbench.run $(ARGS)
 
 figures: $(READY)
 	$(BIN)/python -m analysis.figures $(RUNS)

@@ -7,9 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from macbench.errors import ConfigError, choose
+from macbench.errors import ConfigError, choose, one_line
 
 _HERE = Path(__file__).parent
 # In a wheel conf/ is installed inside the package; in a checkout it is its neighbour.
@@ -35,10 +34,10 @@ def normalise(argv: list[str]) -> list[str]:
     return ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
 
 
-def check(argv: list[str]) -> None:
-    """Compose the configuration once to find mistakes in the overrides; raises ConfigError."""
+def check(argv: list[str]) -> Path | None:
+    """Compose the configuration once to find mistakes in the overrides; raises ConfigError. Returns the folder of notes on a sweep, if it is one."""
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in argv):
-        return  # Hydra's own flags (--help, --cfg, ...) explain themselves
+        return None  # Hydra's own flags (--help, --cfg, ...) explain themselves
     overrides = [a for a in argv if not a.startswith("-")]
     for text in overrides:
         _check_group(text)
@@ -46,12 +45,16 @@ def check(argv: list[str]) -> None:
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             config = compose("config", overrides=single)
-        if len(overrides) < len(argv):  # Hydra notes the sweep there
-            (Path(config.runs_dir) / ".sweep").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra's and OmegaConf's own, and whatever else strange overrides of hydra.* make them raise
         raise _explain(error, single) from error
+    if len(overrides) < len(argv):  # Hydra notes the sweep there
+        folder = Path(str(config.runs_dir)) / ".sweep"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
+        return folder
+    return None
 
 
 def _parse(text: str):
@@ -97,7 +100,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         except ConfigError as nearest:
             return ConfigError(key, value, "no such key; " + str(nearest).split(": ", 1)[1])
         return ConfigError(key, value, f"the chosen {parent or 'configuration'} has no such key")
-    return ConfigError("command line", " ".join(overrides), text.splitlines()[0])
+    return ConfigError("command line", " ".join(overrides), one_line(error))
 
 
 def parse_ctx(value: object) -> int:

@@ -1,7 +1,11 @@
 """The one exception that user mistakes become: a single line that names the key, the value and what is allowed."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Line ends of every kind, and what would command a terminal.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ConfigError(Exception):
@@ -9,7 +13,7 @@ class ConfigError(Exception):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{key}={value}: {allowed}".replace("\n", " "))
+        super().__init__(_UNPRINTABLE.sub(" ", f"{key}={value}: {allowed}"))
 
 
 def choose(key: str, value: str, choices: Iterable[str]) -> str:

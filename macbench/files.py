@@ -13,7 +13,11 @@ SCRATCH = ".writing-"
 def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     """``write(file)`` into a temporary file beside ``target`` that then takes its place: there is never half a file."""
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=SCRATCH, delete=False) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, target)
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise

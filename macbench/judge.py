@@ -6,16 +6,14 @@ RUN is a folder that macbench.run wrote. Answers are kept beside it; the same ju
 import sys
 from pathlib import Path
 
-from hydra.utils import get_class
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from macbench import cli
 from macbench.errors import ConfigError, choose
 from macbench.judging import judge_run, prepare
 from macbench.models.weights import resolve_device
 from macbench.records import read_table
+from macbench.tasks.recorded import task_class
 
 DEFAULT = "lexical"
 
@@ -32,15 +30,11 @@ def settings(overrides: list[str]):
     return node, resolve_device(given.get("device", "auto"))
 
 
-def task_class(run: Path):
-    """The class of the task that a run was made with."""
-    try:
-        config = OmegaConf.load(run / "config.yaml")
-        found = get_class(config.task._target_)
-    except (OSError, ImportError, AttributeError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError("RUN", run, f"is not a run folder ({str(error).splitlines()[0]})") from None
+def judged_class(run: Path):
+    """The class of the task that a run was made with, which must be one with texts to judge."""
+    found = task_class(run)
     if not hasattr(found, "checks"):
-        raise ConfigError("RUN", run, f"is a run of task {config.task.name}, which needs no judge")
+        raise ConfigError("RUN", run, f"is a run of task {found.__name__}, which needs no judge")
     return found
 
 
@@ -49,7 +43,7 @@ def judge(argv: list[str]) -> int:
     if not runs:
         raise ConfigError("RUN", "", "name a run folder: python -m macbench.judge RUN judge=lexical|llm|api")
     node, device = settings(overrides)
-    tasks = [task_class(Path(run)) for run in runs]
+    tasks = [judged_class(Path(run)) for run in runs]
     for run in runs:
         if not any((Path(run) / "samples").glob("*.parquet")):
             raise ConfigError("RUN", run, "has no samples to judge")

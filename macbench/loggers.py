@@ -1,5 +1,6 @@
 """Where a run's summary goes besides parquet: wandb, offline by default, or nowhere."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pandas as pd
 
 from macbench.errors import choose
+from macbench.redact import redact
 
 
 class NoLogger:
@@ -52,7 +54,10 @@ def open_logger(cfg, directory, config: dict) -> Iterator[NoLogger]:
     import wandb
 
     try:
-        run = wandb.init(project=cfg.project, entity=cfg.entity, mode=cfg.mode, dir=str(directory.path), name=directory.run_id, config=config)
+        config, project, entity = json.loads(redact(json.dumps([config, cfg.project, cfg.entity], default=str)))
+        # Its own description of the process would hold the command line, keys included; environment.json has what matters.
+        quiet = wandb.Settings(x_disable_meta=True, console="off")
+        run = wandb.init(project=project, entity=entity, mode=cfg.mode, dir=str(directory.path), name=directory.run_id, config=config, settings=quiet)
     except (OSError, wandb.Error) as error:
         print(f"macbench: wandb is off for this run ({str(error).splitlines()[0]})", file=sys.stderr)
         yield NoLogger()

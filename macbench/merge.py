@@ -12,8 +12,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 from macbench import asked
 from macbench.environment import continued
@@ -24,6 +22,7 @@ from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs
 from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
+from macbench.tasks.recorded import task_class
 
 # Of the example rows that both runs have; times differ.
 _SAME = ["text", "decode_steps", "tokens_log", "bytes_kv"]
@@ -68,7 +67,7 @@ def merge(source: Path, target: Path) -> dict[str, int]:
 
 def summary(run: Path) -> pd.DataFrame:
     """The table of a merged run, kept as its summary.json."""
-    task = get_class(OmegaConf.load(run / "config.yaml").task._target_)
+    task = task_class(run)
     samples = asked.read(run).rows(run)
     table = summarise(samples, guesses(task, samples))
     RunDirectory(run).write_text("summary.json", table.to_json(orient="records", indent=1))

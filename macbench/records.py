@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
 from macbench.files import SCRATCH, write_whole
+from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
 _COUNTS = [
@@ -125,16 +126,18 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole."""
-        self._whole(self.path / name, lambda file: file.write(text.encode()))
+        self._whole(self.path / name, lambda file: file.write(redact(text).encode()))
 
     def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
-        """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata."""
+        """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata.
+
+        ``tables``: ``samples`` a list of rows, ``steps`` and ``layers`` a list of blocks of columns (one text stands for a whole column).
+        """
         name = part + ".parquet"
-        metadata = {"macbench": json.dumps(environment)}
+        metadata = {"macbench": redact(json.dumps(environment))}
         for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
-            rows = tables[table]
             schema = SCHEMAS[table].with_metadata(metadata)
-            data = pa.Table.from_pylist(rows, schema=schema)
+            data = pa.Table.from_pylist(tables[table], schema=schema) if table == "samples" else _stacked(tables[table], schema)
             self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
 
     def _whole(self, target: Path, write) -> None:
@@ -187,6 +190,17 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None, c
     if not frames:
         return pd.DataFrame(columns=columns or SCHEMAS[table].names)
     return pd.concat(frames, ignore_index=True)
+
+
+def _stacked(blocks: list[dict], schema: pa.Schema) -> pa.Table:
+    """Blocks of columns one below the other."""
+
+    def block(columns: dict) -> pa.Table:
+        length = max(len(column) for column in columns.values() if not isinstance(column, str))
+        full = {name: pa.repeat(column, length) if isinstance(column, str) else column for name, column in columns.items()}
+        return pa.Table.from_arrays([pa.array(full[name], type) for name, type in zip(schema.names, schema.types, strict=True)], schema=schema)
+
+    return pa.concat_tables([schema.empty_table(), *map(block, blocks)]).combine_chunks()
 
 
 def _readable(part: Path) -> bool:

@@ -8,22 +8,21 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 from macbench.errors import ConfigError
 from macbench.records import read_table
 from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
+from macbench.tasks.recorded import task_class
 
 
 def recomputed(run: Path) -> pd.DataFrame:
     """The table of ``summary.json``, subtasks in the order of the protocol."""
     try:
-        task = get_class(OmegaConf.load(run / "config.yaml").task._target_)
+        task = task_class(run)
         subtasks = json.loads((run / "environment.json").read_text())["protocol"]["subtasks"]
-    except (OSError, ImportError, AttributeError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("RUN", run, f"is not a run folder ({str(error).splitlines()[0]})") from None
     samples = read_table(run, "samples")
     place = samples.subtask.map({subtask: i for i, subtask in enumerate(subtasks)})

@@ -12,12 +12,14 @@ from time import time
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from macbench_kernels import Kernels, UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import asked, budget, cli, environment, judging, loggers, partial, settings
+from macbench import asked, budget, cli, environment, judging, loggers, partial, settings, sweep
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
@@ -27,6 +29,7 @@ from macbench.models.chat import Chat
 from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import KEY, RunDirectory, config_hash, read_table
+from macbench.redact import redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
@@ -248,7 +251,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
 
 
 def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
-    """The rows of the three tables from what each variant made of an example. A failure becomes a row with ``error``."""
+    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``."""
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
     for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
@@ -263,8 +266,8 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
             meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
             row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
-            tables["steps"] += step_rows(answer.generation, key)
-            tables["layers"] += layer_rows(answer.generation, key, answer.layer_errors)
+            tables["steps"].append(step_rows(answer.generation, key))
+            tables["layers"].append(layer_rows(answer.generation, key, answer.layer_errors))
         else:
             row["error"] = _one_line(answer)
         tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
@@ -295,7 +298,7 @@ def _rate(bar: tqdm, stage: str):
 
 def _one_line(error: Exception) -> str:
     hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
-    return f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}"
+    return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 
 def report(directory: RunDirectory, plan: Plan):
@@ -345,10 +348,15 @@ def _guarded(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
         code = 2
+    except OSError as error:  # a disk that is full, read-only or gone while a lease, a part or a log is written
+        print(f"macbench: {ConfigError('runs_dir', error.filename or cfg.get('runs_dir'), one_line(error))}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
         code = 143 if isinstance(stop, interrupt.Terminated) else 130
-    if code:
+    if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep.note(code)  # the other jobs go on
+    elif code:
         sys.exit(code)
 
 
@@ -359,11 +367,20 @@ def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
     sys.argv[1:] = cli.normalise(sys.argv[1:])
     try:
-        cli.check(sys.argv[1:])
+        folder = cli.check(sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
-    _hydra_main()
+    if folder is None:
+        _hydra_main()
+        return
+    sweep.begin(folder)
+    try:
+        _hydra_main()
+    finally:
+        code = sweep.end()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

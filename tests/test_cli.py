@@ -267,6 +267,22 @@ def test_multirun_makes_one_run_per_combination(macbench, tiny_args, tmp_path):
     assert sorted(samples(tmp_path).method) == ["full", "mac"]
 
 
+def test_a_job_that_fails_does_not_end_a_sweep(macbench, tiny_args, tmp_path, monkeypatch):
+    decode = run_module.Engine.decode_batch
+
+    def fails(self, requests, method, *args, **kwargs):
+        if type(method).__name__ == "Full":
+            raise RuntimeError("no")
+        return decode(self, requests, method, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.Engine, "decode_batch", fails)
+    code, _, err = macbench("-m", *tiny_args, "method=full,mac", "limit=1")
+    assert code == 1 and "1 example(s) failed" in err
+    assert samples(tmp_path).set_index("method").error.notna().to_dict() == {"full": True, "mac": False}
+    assert macbench("-m", *tiny_args, "method=mac", "limit=1,0")[0] == 2
+    assert [p.name for p in (tmp_path / "runs" / ".sweep").iterdir()] == ["multirun.yaml"]
+
+
 def test_latency_of_a_random_model(macbench, tmp_path):
     tiny = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = [f"model.random.{key}={value}" for key, value in (tiny | {"head_dim": 8}).items()]

@@ -32,7 +32,8 @@ def test_a_checkout_gives_its_commit_and_whether_it_was_changed(copy, monkeypatc
     head = git(copy.parent, "rev-parse", "HEAD")
     assert environment.commit() == {"commit": head, "dirty": False}
     copy.write_text(copy.read_text() + "\n")
-    assert environment.commit() == {"commit": head, "dirty": True}
+    changed = environment.commit()
+    assert len(changed.pop("diff_sha256")) == 64 and changed == {"commit": head, "dirty": True}
 
 
 def test_somebody_elses_checkout_is_not_ours(copy):

@@ -1,6 +1,8 @@
 """Runs that go on: kills, several processes on one run, shards, memory that does not suffice. Real commands on a tiny model."""
 
+import errno
 import json
+import os
 import signal
 import time
 
@@ -132,3 +134,25 @@ def test_a_prompt_that_fits_in_no_chunk_is_a_failed_example(macbench, tiny_args,
     code, _, err = macbench(*tiny_args, "method=full", "ctx=1k", "limit=2")
     assert code == 1 and "2 example(s) failed" in err and "Traceback" not in err
     assert samples(tmp_path).error.str.contains("engine.prefill_chunk").all() and not samples(tmp_path).duplicated(KEY).any()
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """The quick version of ``python -m tests.disk``: the third part cannot be written, at any of its tables; later there is room again."""
+    args = [*tiny_args, "method=full", "limit=4"]
+    fsync = os.fsync
+    for first in (8, 9, 10):
+        calls = []
+
+        def full(file, first=first, calls=calls):
+            calls.append(file)
+            if len(calls) >= first:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", full)
+        code, _, err = macbench(*args)
+        assert code == 2 and err.count("\n") == 1 + err.count("macbench: note") and "No space left on device" in err, err
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert not samples(tmp_path).empty and samples(tmp_path).error.isna().all()
+        assert not list((tmp_path / "runs").rglob(".writing-*")) and not list((tmp_path / "runs").rglob("leases"))
+    assert macbench(*args)[0] == 0 and len(samples(tmp_path)) == 4

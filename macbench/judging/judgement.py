@@ -17,6 +17,7 @@ from macbench.files import write_whole
 from macbench.judging.base import Judge, Verdict
 from macbench.judging.cache import Answers
 from macbench.records import config_hash
+from macbench.redact import redact
 from macbench.tables import format_frame
 
 _SHOWN = ("method", "variant", "scenario", "texts", "completion", "stic_1", "stic_2", "stic_2_se", "weighted", "length", "impossible", "unjudged")
@@ -85,4 +86,4 @@ def describe(facts: dict) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(redact(text).encode()))

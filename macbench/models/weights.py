@@ -8,6 +8,7 @@ from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
+from macbench.models.trust import check_config, check_folder, check_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,6 +83,8 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     set_verbosity_error()
     dtype = resolve_dtype(spec, device)
     where, options = folder_or_id(spec), _revision(spec)
+    check_folder(where)
+    check_size(where, _config(spec))
     try:
         network = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
@@ -114,10 +117,13 @@ def _config(spec):
     from transformers import AutoConfig
 
     where = folder_or_id(spec)
+    check_folder(where)
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    check_config(where, config)
+    return config
 
 
 def _revision(spec) -> dict:

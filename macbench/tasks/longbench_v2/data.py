@@ -9,7 +9,7 @@ from json import loads
 from pathlib import Path
 
 from macbench.errors import ConfigError
-from macbench.tasks import hub
+from macbench.tasks import hub, inside
 from macbench.tasks.longbench_v2 import protocol
 
 KEY = "task.data_path"
@@ -111,7 +111,7 @@ def load(data_path: str | None, sha256: str | None = None) -> Items:
     else:
         path = Path(data_path).expanduser()
         if path.is_dir():
-            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+            path = inside.find(KEY, path, FILES) or path / FILES[0]
         if not path.is_file():
             raise ConfigError(KEY, data_path, f"must be a folder with {FILES[0]}, or such a file")
         stat = path.stat()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macbench.errors import ConfigError
-from macbench.tasks import hub
+from macbench.tasks import hub, inside
 from macbench.tasks.longgenbench import protocol
 
 KEY = "task.data_path"
@@ -51,7 +51,7 @@ def load(split: str, data_path: str | None, sha256: str | None = None) -> Items:
             raise ConfigError(KEY, "null", f"needs a folder with {facts.file}, because {error}") from None
     else:
         path = Path(data_path).expanduser()
-        path = path / facts.file if path.is_dir() else path
+        path = inside.find(KEY, path, (facts.file,)) or path / facts.file if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(KEY, data_path, f"must be a folder with {facts.file}, or such a file")
         source = path.name

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from macbench.errors import ConfigError
+from macbench.tasks import inside
 from macbench.tasks.ruler import hub
 from macbench.tasks.ruler.words import WordLists, read_words
 
@@ -122,8 +123,7 @@ class Data:
         return list(dict.fromkeys(words))
 
     def _find(self, names: tuple[str, ...]) -> Path | None:
-        paths = [self.folder / name for name in names] if self.folder else []
-        return next((path for path in paths if path.is_file()), None)
+        return inside.find(KEY, self.folder, names) if self.folder else None
 
     def _json(self, what: str, path: Path) -> object:
         try:

@@ -1,0 +1,382 @@
+"""Input that somebody else wrote: models, data, run folders, half random. One line or a result, never a traceback, a hang or a leak."""
+
+import json
+import os
+import shutil
+import struct
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from safetensors.numpy import load_file, save_file
+
+from macbench import cli, report
+from macbench import run as run_module
+from macbench.errors import ConfigError
+from macbench.models import gguf_header
+from macbench.models.weights import load, load_chat
+from macbench.partial import Partial
+from macbench.tasks.base import Example
+from macbench.tasks.longbench_v2 import data as longbench
+from macbench.tasks.longgenbench import data as longgenbench
+from macbench.tasks.ruler.data import Data
+from tests.tasks import longbench_v2_data, longgenbench_data
+from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
+
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+LONGEST = 10  # seconds
+
+
+@contextmanager
+def within(seconds: float = LONGEST):
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_in_the_environment_appears_nowhere(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """Not from the environment, the command line, the configuration or an exception; in no record, log or line that is printed."""
+    key = "sk-fake-0123456789abcdefXYZ"
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, key)
+    decode = run_module.Engine.decode_batch
+
+    def leaks(self, requests, *args, **kwargs):
+        if len(requests[0].prompt.queries) and leaks.calls:
+            raise RuntimeError(f"401 for url https://host/?token={key}")
+        leaks.calls += 1
+        return decode(self, requests, *args, **kwargs)
+
+    leaks.calls = 0
+    monkeypatch.setattr(run_module.Engine, "decode_batch", leaks)
+    args = [a for a in tiny_args if a != "logger=none"]
+    code, out, err = macbench(*args, "method=full", "limit=2", f"logger.project={key}", "logger.entity=${oc.env:HF_TOKEN}", "logger.mode=offline")
+    assert code == 1, err
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json"} <= {path.name for path in files} and any("wandb" in str(path) for path in files)
+    assert not [str(path) for path in files if key.encode() in path.read_bytes()]
+    assert key not in out + err
+    assert all("_KEY>" in next(path for path in files if path.name == name).read_text() for name in ("config.yaml", "environment.json"))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):  # noqa: F811
+    shutil.copytree(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder, **spec) -> str:
+    node = OmegaConf.merge(OmegaConf.load(cli.CONF / "model" / "smollm2.yaml"), {"path": str(folder)}, spec)
+    with within(), pytest.raises(ConfigError) as caught:
+        load(node, "cpu", load_chat(node))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
+        ({"hidden_size": 3 * 10**11}, "hidden_size"),
+        ({"hidden_size": "48"}, "hidden_size"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"vocab_size": 4 << 20, "hidden_size": 3 << 14}, "have only"),
+        ({"num_hidden_layers": 1000, "hidden_size": 8190, "intermediate_size": 28672}, "have only"),
+        ({"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, "cannot be loaded"),
+    ],
+)
+def test_numbers_of_a_configuration_are_checked_before_memory_is_taken(model, change, said):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    (model / "evil.py").write_text("raise SystemExit('remote code ran')")
+    assert said in refused(model)
+
+
+def test_an_index_cannot_name_files_elsewhere(model, tmp_path):
+    (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = load_file(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names ../outside.safetensors" in refused(model)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+    assert "cannot be read" in refused(model)
+
+
+def test_links_stay_in_the_folder(model, tmp_path):
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (model / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
+    assert "outside of the model's folder" in refused(model)
+
+
+def test_a_tensor_larger_than_its_file(model):
+    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}}).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1 << 20))
+    refused(model)
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + bytes(1 << 20))
+    refused(model)
+
+
+@given(st.data())
+@settings(QUICK, max_examples=15)
+def test_damaged_safetensors(tiny_model, tmp_path_factory, data):  # noqa: F811
+    """Random bytes over the header; the configuration is good, so that the file itself is opened."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for path in tiny_model.iterdir():
+        if path.name != "model.safetensors":
+            shutil.copy(path, folder)
+    save_file({"model.norm.weight": np.ones(48, np.float32)}, folder / "model.safetensors")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "model.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    refused(folder)
+    shutil.rmtree(folder)
+
+
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> bytes:
+    """A small valid file by the reference writer; what it leaves out makes transformers think of a model of 7B."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_token_list(["a", "bc", "def"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    writer.add_tensor("token_embd.weight", np.ones((3, 32), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path.read_bytes()
+
+
+def test_a_valid_gguf_passes(gguf, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(gguf)
+    gguf_header.check(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 16, 24])
+def test_every_number_of_the_header_counts(gguf, tmp_path, at):
+    """Magic, version, number of tensors, number of entries, length of the first key: the largest value of each."""
+    content = bytearray(gguf)
+    content[at : at + (4 if at < 8 else 8)] = b"\xff" * (4 if at < 8 else 8)
+    (tmp_path / "model.gguf").write_bytes(content)
+    with within(), pytest.raises(ConfigError, match=r"model\.gguf"):
+        gguf_header.check(tmp_path / "model.gguf")
+
+
+@given(data=st.data())
+@settings(QUICK, max_examples=300)
+def test_random_gguf_headers(gguf, tmp_path_factory, data):
+    """Cut, overwritten or made of nothing: an answer in time, and what passes lies within the file."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    content = bytearray(gguf)
+    for _ in range(data.draw(st.integers(0, 6))):
+        where = data.draw(st.integers(0, 400))
+        some = data.draw(st.sampled_from([b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 40), struct.pack("<Q", 1 << 20), b"GGUF", b"\x09\0\0\0"]))
+        content[where : where + len(some)] = some
+    path.write_bytes(
+        data.draw(st.one_of(st.just(bytes(content)), st.just(bytes(content[: data.draw(st.integers(0, 500))])), st.binary(max_size=200)))
+    )
+    with within():
+        try:
+            gguf_header.check(path)
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_gguf_that_transformers_cannot_read_is_one_line(gguf, macbench, tmp_path, monkeypatch):  # noqa: F811
+    import hashlib
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(gguf)
+    sha = hashlib.sha256(gguf).hexdigest()
+    code, _, err = macbench(f"model.gguf={tmp_path / 'model.gguf'}", f"model.gguf_sha256={sha}", f"runs_dir={tmp_path}/runs")
+    assert code == 2 and "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("macbench: model.gguf=") and "declares about" in last and f"only {len(gguf)} bytes" in last
+    assert not list((tmp_path / "cache").rglob(".converting-*"))
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def mangled(good: list | dict):
+    """A good document with one value at a random depth replaced, or something else altogether."""
+
+    @st.composite
+    def build(draw):
+        whole = json.loads(json.dumps(good))
+        node = whole
+        while isinstance(node, list | dict) and node:
+            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
+            if not isinstance(node[key], list | dict) or not node[key] or draw(st.booleans()):
+                node[key] = draw(JSON)
+                break
+            node = node[key]
+        return whole
+
+    return st.one_of(build(), JSON)
+
+
+SQUAD = {
+    "data": [
+        {"title": "t", "paragraphs": [{"context": "some words", "qas": [{"question": "q?", "is_impossible": False, "answers": [{"text": "a"}]}]}]}
+    ]
+}
+HOTPOT = [{"question": "q?", "answer": "a", "context": [["title", ["one.", "two."]]]}]
+ESSAYS = {"text": "many words"}
+WORDS = {"0": "word", "1": "other"}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "read"),
+    [
+        ("data.json", longbench_v2_data.items(3), lambda folder: longbench.load(str(folder)).item(0)),
+        ("Dataset_short.json", longgenbench_data.items(), lambda folder: longgenbench.load("16k", str(folder))),
+        ("dev-v2.0.json", SQUAD, lambda folder: Data(str(folder)).squad),
+        ("hotpot_dev_distractor_v1.json", HOTPOT, lambda folder: Data(str(folder)).hotpot),
+        ("PaulGrahamEssays.json", ESSAYS, lambda folder: Data(str(folder)).essays),
+        ("english_words.json", WORDS, lambda folder: Data(str(folder)).english_words),
+    ],
+)
+def test_random_items(tmp_path, name, good, read):
+    good = good if name != "Dataset_short.json" else good[:2]
+    for short in [i for i in good if name == "data.json"] if isinstance(good, list) else []:
+        short["context"] = short["context"][:200]
+
+    @given(mangled(good))
+    @QUICK
+    def check(content):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
+        os.utime(tmp_path / name, ns=(check.count, check.count))  # readers keep what they read by time
+        check.count += 1
+        with within():
+            try:
+                read(tmp_path)
+            except ConfigError as error:
+                assert "\n" not in str(error) and name in str(error)
+
+    check.count = 0
+    (tmp_path / name).write_text(json.dumps(good))
+    read(tmp_path)
+    check()
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[1" + "0" * 5000 + "]", "", "\0", "NaN"):
+        (tmp_path / name).write_text(text)
+        with within(), pytest.raises(ConfigError):
+            read(tmp_path)
+
+
+def test_data_cannot_leave_its_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, read in (
+        ("dev-v2.0.json", lambda folder: Data(str(folder)).squad),
+        ("data.json", lambda folder: longbench.load(str(folder))),
+        ("Dataset_short.json", lambda folder: longgenbench.load("16k", str(folder))),
+    ):
+        (tmp_path / name).write_text("private")
+        (tmp_path / "folder" / name).symlink_to(tmp_path / name)
+        with pytest.raises(ConfigError, match="outside of its folder"):
+            read(tmp_path / "folder")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_inside(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "1234").write_text(json.dumps(SQUAD))
+    (snapshot / "dev-v2.0.json").symlink_to("../../blobs/1234")
+    assert Data(str(snapshot)).squad.docs == ["some words"]
+
+
+# -- run folders ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_cannot_name_code(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: {_target_: subprocess.Popen, args: [touch, ran]}")
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is no task of macbench"):
+        report.recomputed(tmp_path)
+
+
+@given(content=st.binary(max_size=300), cut=st.integers(0, 600))
+@QUICK
+def test_damaged_partial_generations_are_dropped(tmp_path_factory, content, cut):
+    run = tmp_path_factory.mktemp("partial")
+    example = Example("a", "0", "", [1, 2], [], 3)
+    kept = Partial(run, "full", "", example)
+    kept.folder.mkdir(parents=True)
+    np.savez_compressed(kept.folder / "part-00000.npz", tokens=np.arange(3))
+    path = kept.folder / "part-00000.npz"
+    path.write_bytes(path.read_bytes()[:cut] + content)
+    assert Partial(run, "full", "", example).earlier is None and not path.exists()
+    shutil.rmtree(run)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=12) | st.from_regex(r"-?[0-9]{1,30}[kKmM.]?[0-9]?", fullmatch=True))
+@settings(QUICK, max_examples=300)
+def test_random_contexts(text):
+    try:
+        assert cli.parse_ctx(text) >= 1
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+KEYS = [
+    *("ctx", "batch", "limit", "shard", "retry", "compare", "follow", "grid", "grid.tau", "budget", "seed", "device", "backend", "runs_dir"),
+    *("engine", "engine.page_size", "engine.prefill_chunk", "engine.graph", "method", "method.tau", "method.window", "method.name", "task"),
+    *("task.subtasks", "task.data_path", "task.name", "model", "model.path", "model.dtype", "model.template", "model.gguf", "model.revision"),
+    *("judge", "judge.share", "logger", "logger.mode", "hydra", "hydra.run.dir", "no_such", "method._target_", "task._target_"),
+]
+VALUES = st.one_of(
+    st.sampled_from(["null", "true", "-1", "0", "1", "1e99", "nan", "inf", "[]", "{}", "[1,2]", "{a:1}", "''", "full", "mac", "ruler", "4k", "cpu"]),
+    st.sampled_from(["${ctx}", "${nothing}", "${oc.env:HOME}", "../..", "/dev/null", "os.getcwd", "1/4", "failed", "0.1", "999999999999999999999"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12),
+)
+
+
+def test_random_configurations(macbench, tiny_args, monkeypatch, tmp_path):  # noqa: F811
+    """Up to three random overrides. Where they make a valid run, it ends where the model would be loaded."""
+
+    def stop(*args):
+        raise ConfigError("model", "tiny", "is not loaded in this test")
+
+    monkeypatch.setattr(run_module, "load", stop)
+    monkeypatch.setattr(run_module, "run_attention", stop)
+    monkeypatch.setattr(run_module, "run_decode", stop)
+    monkeypatch.chdir(tmp_path)
+
+    @given(st.lists(st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
+    @settings(QUICK, max_examples=50)
+    def check(overrides):
+        args = [f"{sign}{key}" + ("" if sign == "~" else f"={value}") for sign, key, value in overrides]
+        with within():
+            code, out, err = macbench(*tiny_args, "limit=1", *args)
+        assert code in (0, 1, 2), (args, err)
+        assert "Traceback" not in out + err, (args, err)
+        assert code == 0 or err.strip().splitlines()[-1].startswith("macbench: "), (args, err)
+
+    check()

@@ -6,6 +6,7 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from time import time
@@ -13,15 +14,16 @@ from time import time
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
 import torch
-from macbench_kernels import UnsupportedError, kernels
+from macbench_kernels import Kernels, UnsupportedError, kernels
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import budget, cli, environment, judging, loggers, partial, settings
+from macbench import budget, cli, environment, experiment, judging, loggers, partial, settings
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
+from macbench.models.chat import Chat
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import RunDirectory, config_hash, read_table
 from macbench.rows import layer_rows, sample_columns, step_rows
@@ -45,33 +47,19 @@ def run(cfg: DictConfig) -> int:
         return run_attention(cfg)
     if cfg.task.name == "decode":
         return run_decode(cfg)
-    ctx = cli.parse_ctx(cfg.get("ctx"))
-    device = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.model, device)
-    variants = settings.build_variants(cfg)
-    layer = _kernels(cfg.backend, device)
-    _fits(cfg, ctx)
-    resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
-    floors: list[str] = []
-    if cfg.budget is not None:
-        variants, floors = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
-        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
-    chat = load_chat(cfg.model)
-    task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
-    for subtask in task.subtasks:
-        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
-
-    if hasattr(task, "checks"):
-        judging.prepare(cfg.judge)  # a missing key or model shows now, too
-    directory = open_directory(cfg, task, resolved)
+    if cfg.task.name == "trace":
+        return run_trace(cfg)
+    ready = prepare(cfg)
+    ctx, device, layer, task, variants = ready.ctx, ready.device, ready.layer, ready.task, ready.variants
+    directory = RunDirectory(ready.folder)
     todo = pending(task, cfg.limit, variants, directory.done())
-    cautions = [v.method.caution(ctx) for v in variants] + floors + [budget.untouched(variants) if cfg.budget is not None else None]
+    cautions = [v.method.caution(ctx) for v in variants] + ready.floors + [budget.untouched(variants) if cfg.budget is not None else None]
     for note in dict.fromkeys(filter(None, cautions)):
         print(f"macbench: note: {note}", file=sys.stderr)
     if any(todo.values()):
-        model = load(cfg.model, device, chat)
+        model = load(cfg.model, device, ready.chat)
         engine = _engine(cfg, model, layer, ctx)
-        facts = environment.facts(device, layer.name, str(dtype))
+        facts = environment.facts(device, layer.name, str(ready.dtype))
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         directory.write_text("environment.json", environment.to_json(facts | {"protocol": task.protocol()}))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
@@ -94,6 +82,61 @@ def run(cfg: DictConfig) -> int:
     return 1 if failed or unjudged else 0
 
 
+@dataclass
+class Prepared:
+    """What a run of a benchmark needs before it loads a model. ``floors``: notes on budgets that methods cannot meet."""
+
+    ctx: int
+    device: str
+    dtype: torch.dtype
+    layer: Kernels
+    chat: Chat
+    task: Task
+    variants: list[Variant]
+    floors: list[str]
+    folder: Path
+
+
+def prepare(cfg: DictConfig) -> Prepared:
+    """Check and resolve everything that can be checked without the model's weights."""
+    ctx = cli.parse_ctx(cfg.get("ctx"))
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.model, device)
+    variants = settings.build_variants(cfg)
+    layer = _kernels(cfg.backend, device)
+    _fits(cfg, ctx)
+    resolved = {"ctx": ctx, "dtype": str(dtype), "backend": layer.name}
+    floors: list[str] = []
+    if cfg.budget is not None:
+        variants, floors = budget.fit(cfg, variants, ctx, planned_shape(cfg.model, dtype, device, ctx))
+        resolved["fitted"] = [[v.name, v.label, v.knobs] for v in variants]
+    chat = load_chat(cfg.model)
+    task = settings.build(cfg.task, "task", chat=chat, ctx=ctx, seed=cfg.seed)
+    for subtask in task.subtasks:
+        task.example(subtask, count(task, subtask, cfg.limit) - 1)  # missing data or too small a ctx shows now, not after an hour
+
+    if hasattr(task, "checks"):
+        judging.prepare(cfg.judge)  # a missing key or model shows now, too
+    return Prepared(ctx, device, dtype, layer, chat, task, variants, floors, run_folder(cfg, task, resolved))
+
+
+def target(cfg: DictConfig) -> Path:
+    """Where a task with records of its own leaves them: a parquet file, or for task=trace a folder."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.task.name == "trace":
+        name = config_hash({key: value for key, value in config.items() if key not in OUTPUT_KEYS} | {"limit": cfg.limit})
+        return Path(cfg.runs_dir) / "trace" / model_name(cfg) / str(cli.parse_ctx(cfg.ctx)) / f"trace-{name}"
+    task, method, contexts = _plain(cfg)
+    if cfg.task.name == "attention":
+        from macbench.attention import command
+
+        resolved = command.resolve(task, method, contexts, cfg.backend, _bench_device(cfg))
+        return command.target(cfg.runs_dir, method, contexts, resolved)
+    dtype = resolve_dtype(cfg.model, resolve_device(cfg.device))
+    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
+    return Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
+
+
 def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
     """Task, method and contexts of a benchmark of latency as plain values, ``batch`` and ``ctx`` of the command line in them."""
     settings.build_variants(cfg)  # the method's own checks of its knobs
@@ -108,8 +151,12 @@ def run_attention(cfg: DictConfig) -> int:
     from macbench.attention.command import run as measure
 
     task, method, contexts = _plain(cfg)
-    device = "cuda" if cfg.device == "auto" else cfg.device
-    return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
+    return measure(task, method, contexts, cfg.backend, _bench_device(cfg), cfg.seed, cfg.runs_dir)
+
+
+def _bench_device(cfg: DictConfig) -> str:
+    """Kernels are timed on a GPU unless the CPU is asked for by name."""
+    return "cuda" if cfg.device == "auto" else cfg.device
 
 
 def run_decode(cfg: DictConfig) -> int:
@@ -119,10 +166,27 @@ def run_decode(cfg: DictConfig) -> int:
     task, method, contexts = _plain(cfg)
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
-    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
-    target = Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
-    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
+    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target(cfg), facts)
+
+
+def run_trace(cfg: DictConfig) -> int:
+    """``task=trace``: what MAC finds in texts of full attention."""
+    from macbench.trace import command, prompts
+
+    ctx, device = cli.parse_ctx(cfg.ctx), resolve_device(cfg.device)
+    settings.build_variants(cfg)  # the method's own checks of its knobs
+    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
+    command.check(task, method)
+    if (target(cfg) / "texts.parquet").exists():
+        print(f"nothing left to compute: {target(cfg)} is there", file=sys.stderr)
+        return 0
+    layer, chat = _kernels(cfg.backend, device), load_chat(cfg.model)
+    _fits(cfg, ctx)
+    examples = prompts.examples(task["sources"], chat, ctx, cfg.seed, cfg.limit)
+    model = load(cfg.model, device, chat)
+    facts = environment.facts(device, layer.name, str(model.network.dtype)) | {"model": model_name(cfg), "ctx": ctx, "task": task, "method": method}
+    return command.run(task, method, model, examples, _engine(cfg, model, layer, ctx), target(cfg), facts)
 
 
 def _engine(cfg: DictConfig, model: LoadedModel, layer, ctx: int) -> Engine:
@@ -153,7 +217,7 @@ def model_name(cfg: DictConfig) -> str:
     return cfg.model.name if cfg.model.path == own else Path(str(cfg.model.path)).name
 
 
-def open_directory(cfg: DictConfig, task: Task, resolved: dict) -> RunDirectory:
+def run_folder(cfg: DictConfig, task: Task, resolved: dict) -> Path:
     """runs/<task>/<model>/<ctx>/<method>-<hash8>: the hash is over everything that can change a number.
 
     That is the configuration, what its automatic values came to (``resolved``: ctx, dtype, backend) and the data's own hashes.
@@ -162,7 +226,7 @@ def open_directory(cfg: DictConfig, task: Task, resolved: dict) -> RunDirectory:
     identity = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | resolved | {"protocol": task.protocol()}
     identity["task"] = {key: value for key, value in identity["task"].items() if key not in LOCATION_KEYS}
     name = f"{cfg.method.name}-{config_hash(identity)}"
-    return RunDirectory(Path(cfg.runs_dir) / task.name / model_name(cfg) / str(resolved["ctx"]) / name)
+    return Path(cfg.runs_dir) / task.name / model_name(cfg) / str(resolved["ctx"]) / name
 
 
 def pending(task: Task, limit: int, variants: list[Variant], done: set[tuple]) -> dict[str, list[int]]:
@@ -316,8 +380,10 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve())
 
 def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
-    sys.argv[1:] = cli.normalise(sys.argv[1:])
     try:
+        if experiment.asked(sys.argv[1:]):
+            sys.exit(experiment.main(sys.argv[1:], run))
+        sys.argv[1:] = cli.normalise(sys.argv[1:])
         cli.check(sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)

@@ -1,0 +1,122 @@
+"""What there is to draw: every record below some folders, and one clear line about whatever a figure does not find."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.load import run_folders
+from macbench.errors import one_line
+from macbench.records import read_table
+
+
+class Missing(Exception):
+    """What a figure needs and does not find, in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parquet file, or a folder of them, and what its metadata says of how it was made."""
+
+    path: Path
+    facts: dict
+
+    @property
+    def device(self) -> str:
+        return self.facts.get("device") or "cpu"
+
+    @property
+    def commit(self) -> str:
+        return ((self.facts.get("git") or {}).get("commit") or "unknown")[:8]
+
+
+def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+    """Some columns of a parquet file; Missing says which file or column is not there."""
+    columns = list(columns)
+    if not path.exists():
+        raise Missing(f"{path} is not there")
+    try:
+        lacking = [c for c in columns if c not in pq.read_schema(path).names]
+        if lacking:
+            raise Missing(f"{path} has no column {', '.join(lacking)}")
+        return pq.read_table(path, columns=columns).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise Missing(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def facts(path: Path) -> dict:
+    """The metadata of a parquet file of macbench; {} if it has none or is damaged, which ``read`` reports."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"macbench", b"{}"))
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
+
+
+class Records:
+    """Records below ``roots``. Where the same was measured on several machines, a GPU's count; of several runs, the last."""
+
+    def __init__(self, *roots: Path | str):
+        self.roots = [Path(root) for root in roots]
+
+    def _files(self, pattern: str) -> list[Path]:
+        return list(dict.fromkeys(p for root in self.roots for p in sorted(root.rglob(pattern))))
+
+    @cached_property
+    def runs(self) -> list[Path]:
+        """Folders of accuracy runs."""
+        return run_folders(*self.roots)
+
+    @cached_property
+    def trace(self) -> Source:
+        """The folder of a trace."""
+        made = [(folder, facts(folder / "texts.parquet")) for folder in {p.parent for p in self._files("trace/**/*.parquet")}]
+        if not made:
+            raise Missing("no trace; python -m macbench.run +experiment=fig2 scale=cpu makes one")
+        return Source(*max(made, key=lambda m: ("NVIDIA" in m[1].get("device", ""), m[1].get("started", ""), str(m[0]))))
+
+    def traced(self, table: str, columns: Iterable[str]) -> pd.DataFrame:
+        """A table of the trace, with column ``unit``: which text a row is of."""
+        frame = read(self.trace.path / f"{table}.parquet", ["task", "subtask", "example_id", *columns])
+        if frame.empty:
+            raise Missing(f"{self.trace.path / table}.parquet is empty: no text was long enough")
+        return frame.assign(unit=frame.task + "/" + frame.subtask + "/" + frame.example_id)
+
+    def benchmark(self, kind: str, columns: Iterable[str]) -> tuple[pd.DataFrame, list[Source]]:
+        """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these."""
+        sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet")]
+        gpu = [s for s in sources if "NVIDIA" in s.device]
+        chosen, frames, damaged = gpu or sources, [], []
+        for i, source in enumerate(chosen):
+            try:
+                frame = read(source.path, [*columns, "error"])
+                frames.append(frame[frame.error.isna()].assign(file=i))
+            except Missing as lack:
+                damaged.append(str(lack))
+        if not frames:
+            raise Missing("; ".join(damaged) or f"no record of task={kind}; python -m macbench.run task={kind} makes one")
+        return pd.concat(frames, ignore_index=True), chosen
+
+    def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
+        """A table of an accuracy run."""
+        parts = sorted((run / name).glob("part-*.parquet"))
+        if not parts:
+            raise Missing(f"{run / name} has no parts")
+        columns = list(columns)
+        for part in parts:
+            read(part, columns[:1])
+        lacking = {c for part in parts for c in columns if c not in pq.read_schema(part).names}
+        if lacking:
+            raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
+        return read_table(run, name, columns)
+
+    def source(self, run: Path) -> Source:
+        """Where an accuracy run was made."""
+        try:
+            return Source(run, json.loads((run / "environment.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise Missing(f"{run / 'environment.json'} cannot be read ({one_line(error)})") from error

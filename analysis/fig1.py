@@ -73,8 +73,9 @@ def picture(frame: pd.DataFrame, source: Source, name: str, out: Path, lines: di
     scores(left, rows, styles, lines or {})
     differences(right, rows, styles)
     first = frame.iloc[0]
-    subtasks, examples = frame.subtask.nunique(), frame.groupby(["subtask", "example_id"]).ngroups
-    what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks} subtask{'s' * (subtasks > 1)}, {len(rows)} method variants"
+    names, examples = list(dict.fromkeys(frame.subtask)), frame.groupby(["subtask", "example_id"]).ngroups
+    subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
+    what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
     title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}"
     text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side."

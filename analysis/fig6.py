@@ -88,7 +88,8 @@ def make(records: Records, out: Path) -> list[Drawn]:
         axes.set_xlabel("context")
     panels[0][0].set_ylabel("speed-up over full attention")
     top = table.loc[table.speedup.idxmax()]
-    most = f"Highest: {top.speedup:.1f}x at {style.tokens(top.ctx)}, batch {top.batch}, hit rate {top.hit_rate:g} ({top.hit_rate_measured:.3f} measured)."
+    rate = f"hit rate {top.hit_rate:g} ({top.hit_rate_measured:.3f} measured)"
+    most = f"Highest: {top.speedup:.1f}x at {style.tokens(top.ctx)}, batch {top.batch}, {rate}."
     text = f"{_said(table, sources)} {most} Bars: 10th to 90th percentile of rounds."
     return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0], "hit rate"), break_even_map(table, sources, out)]
 

@@ -14,7 +14,20 @@ NAME = "fig7"
 TITLE = "Fig 7: end-to-end decode breakdown"
 PAPER = "Llama-3.1-8B: up to 2.6x end to end, per-token latency down 60% at 128K (second-hand)."
 COLUMNS = [
-    *("model", "random_weights", "method", "backend", "ctx", "batch", "window", "hit_rate", "hit_rate_measured", "steps", "tpot_p50_ms", "tpot_p95_ms"),
+    *(
+        "model",
+        "random_weights",
+        "method",
+        "backend",
+        "ctx",
+        "batch",
+        "window",
+        "hit_rate",
+        "hit_rate_measured",
+        "steps",
+        "tpot_p50_ms",
+        "tpot_p95_ms",
+    ),
     *("attention_ms", "products_ms", "rest_ms"),
 ]
 
@@ -62,5 +75,6 @@ def make(records: Records, out: Path) -> list[Drawn]:
     first = table.iloc[0]
     weights = "random weights of its shape, so hit rates are synthetic" if first.random_weights else "real weights"
     what = f"{first.model.replace('random_', '')}: {weights}; bf16, {first.steps:g} steps, ring {table.window.min():g}"
-    text = f"{style.made(sources, what)} Above the bars: speed-up over full attention by FlashInfer. Parts are measured by leaving them out; they overlap by up to 0.1 ms."
+    more = "Above the bars: speed-up over full attention by FlashInfer. Parts are measured by leaving them out; they overlap by up to 0.1 ms."
+    text = f"{style.made(sources, what)} {more}"
     return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0])]

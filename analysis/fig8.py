@@ -48,6 +48,6 @@ def make(records: Records, out: Path) -> list[Drawn]:
     panels[0][0].set_ylabel("us per call")
     first = table.iloc[0]
     best = table.loc[table.rate.idxmax()]
-    what = f"The match alone, as a launch of its own with its report, heads of {first.head_dim}, {first['dtype']}; checked against float32 before it is timed"
+    what = f"The match alone, launched by itself, heads of {first.head_dim}, {first['dtype']}; checked against float32 before it is timed"
     text = f"{style.made(sources, what)} Up to {best.rate:.0f} GB/s. Bars: 10th to 90th percentile of rounds. {UNBALANCED}"
     return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0], "query / KV heads")]

@@ -1,4 +1,4 @@
-"""Beyond the paper: how hit rate, bytes, chains and latency drift over a long generation, and the latency of single tokens."""
+"""Beyond the paper: how hit rate, reads and chains drift over a long generation, and the latency of single tokens."""
 
 from pathlib import Path
 
@@ -18,13 +18,14 @@ _ROWS = 24  # method variants in the picture of latencies, at most
 
 
 def numbers(records: Records, run: Path) -> pd.DataFrame:
-    """MAC's long texts by windows of steps: text, first, hit_rate, rho_bytes (ratio of sums), chain_mean, latency_ms (median)."""
-    steps = records.table(run, "steps", [*KEY, "step", "hit_rate", "chain_mean", "latency_ms", "bytes_full", *_BYTES])
+    """MAC's long texts by windows of steps: text, first, hit_rate, rho_bytes and rho_log (ratios of sums), chain_mean."""
+    steps = records.table(run, "steps", [*KEY, "step", "hit_rate", "chain_mean", "tokens_log", "tokens_log_full", "bytes_full", *_BYTES])
     steps = steps[(steps.method == "mac") & (steps.variant == "")]
     steps = steps.assign(text=steps.subtask + "/" + steps.example_id, first=steps.step // _WINDOW * _WINDOW, read=steps[_BYTES].sum(axis=1))
     steps = steps[steps.groupby("text").step.transform("max") >= _LONG]
     grouped = steps.groupby(["text", "first"])
-    table = grouped.agg(hit_rate=("hit_rate", "mean"), chain_mean=("chain_mean", "mean"), latency_ms=("latency_ms", "median"), n=("step", "size"))
+    table = grouped.agg(hit_rate=("hit_rate", "mean"), chain_mean=("chain_mean", "mean"), n=("step", "size"))
+    table["rho_log"] = grouped.tokens_log.sum() / grouped.tokens_log_full.sum()
     table["rho_bytes"] = grouped.read.sum() / grouped.bytes_full.sum()
     return table[table.n == _WINDOW].reset_index()
 
@@ -38,12 +39,10 @@ def make(records: Records, out: Path) -> list[Drawn]:
                 drawn.append(drift(records, run, table, out))
         except Missing as lack:
             lacks.append(str(lack))
-    latencies = [r for r in records.runs if (r / "steps").is_dir() and "NVIDIA" in records.source(r).device] or records.runs
-    for run in latencies:
-        try:
-            drawn.append(latency(records, run, out))
-        except Missing as lack:
-            lacks.append(str(lack))
+    try:
+        drawn.append(latency(records, out))
+    except Missing as lack:
+        lacks.append(str(lack))
     if not drawn:
         raise Missing("; ".join(dict.fromkeys(lacks)) or "no runs with step rows")
     return drawn + [Drawn(NAME, "Steps of a run", "", [], lack=lack) for lack in dict.fromkeys(lacks)]
@@ -55,38 +54,41 @@ def _name(run: Path) -> str:
 
 def drift(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Drawn:
     figure, panels = plt.subplots(2, 2, figsize=(style.WIDTH, 3.6), sharex=True, layout="constrained")
-    labels = {"hit_rate": "hit rate", "rho_bytes": "rho_bytes", "chain_mean": "mean chain depth of new entries", "latency_ms": "ms per step (median)"}
+    labels = {"hit_rate": "hit rate", "rho_bytes": "rho_bytes", "chain_mean": "mean chain depth", "rho_log": "rho_log"}
     for axes, (column, label) in zip(panels.flat, labels.items(), strict=True):
         for i, (text, part) in enumerate(table.groupby("text")):
             axes.plot(part["first"] + _WINDOW / 2, part[column], label=text, **style.look(i) | {"markersize": 2.5})
         axes.set_ylabel(label)
-        axes.set_ylim(0, 1.03 if column in ("hit_rate", "rho_bytes") else None)
+        axes.set_ylim(0, None if column == "chain_mean" else 1.03)
     for axes in panels[1]:
         axes.set_xlabel("generated tokens")
-    what = f"{_name(run)}: MAC's texts of more than {_LONG:,} tokens, a point per {_WINDOW} steps, a line per text, so that their spread is seen"
+    what = f"{_name(run)}: MAC's texts of more than {_LONG:,} tokens, a point per {_WINDOW} steps, a line per text. "
+    what += "Nothing is matched below min_context visible tokens"
     return style.save(figure, out, f"drift-{_name(run)}", "Drift over long generations", style.made([records.source(run)], what), "", panels[0][0])
 
 
-def latency(records: Records, run: Path, out: Path) -> Drawn:
-    """Median, 5th to 95th percentile and 99th percentile of the latency of a step by method variant."""
-    steps = records.table(run, "steps", ["method", "variant", "latency_ms"])
+def latency(records: Records, out: Path) -> Drawn:
+    """Median, 5th to 95th percentile and 99th percentile of the latency of a step, by run and method; a GPU's runs where there are any."""
+    sources = [records.source(run) for run in records.runs if any((run / "steps").glob("part-*.parquet"))]
+    sources = [s for s in sources if "NVIDIA" in s.device] or sources
     rows = []
-    for (method, variant), part in steps.groupby(["method", "variant"]):
-        low, middle, high, tail = np.percentile(part.latency_ms, [5, 50, 95, 99])
-        rows.append({"name": f"{method} {variant}".strip(), "low": low, "middle": middle, "high": high, "tail": tail, "n": len(part)})
-    rows = sorted(rows, key=lambda r: r["middle"])[:_ROWS]
-    figure, axes = plt.subplots(figsize=(0.8 * style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
+    for source in sources:
+        steps = records.table(source.path, "steps", ["method", "variant", "latency_ms"])
+        for (method, variant), part in steps.groupby(["method", "variant"]):
+            quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
+            rows.append({"run": _name(source.path), "name": f"{method} {variant}".strip(), "n": len(part), **quantiles})
+    rows = [row for row in rows if " " not in row["name"]][:_ROWS]
+    if not rows:
+        raise Missing("no run has step rows")
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
     for i, row in enumerate(rows):
-        axes.plot([row["low"], row["high"]], [i, i], color=style.COLOURS[0], linewidth=3, alpha=0.4, solid_capstyle="butt", label="5% to 95%" if not i else None)
-        axes.plot(row["middle"], i, marker="o", linestyle="none", color=style.COLOURS[0], label="median" if not i else None)
-        axes.plot(row["tail"], i, marker="|", linestyle="none", color=style.COLOURS[1], markersize=7, label="99%" if not i else None)
-    axes.set_yticks(range(len(rows)), [f"{r['name']} ({r['n']:,})" for r in rows], fontsize=6.5)
+        colour = style.BLACK if row["name"] == "full" else style.COLOURS[0]
+        axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt", label="" if i else "5% to 95%")
+        axes.plot(row["middle"], i, marker="o", linestyle="none", color=colour, label="" if i else "median")
+        axes.plot(row["tail"], i, marker="|", linestyle="none", color=colour, markersize=7, label="" if i else "99%")
+    axes.set_yticks(range(len(rows)), [f"{row['run']}: {row['name']} ({row['n']:,})" for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axes.set_xlabel("ms per decode step of a batch, from the host's preparations until its tokens are there")
-    batch = records.source(run).facts.get("command", "")
-    size = next((word.partition("=")[2] for word in batch.split() if word.startswith("batch=")), "1")
-    text = style.made([records.source(run)], f"{_name(run)}, batch {size}; in brackets: steps. Other work may have shared the machine")
-    return style.save(figure, out, f"latency-{_name(run)}", "Latency of single tokens", text, "", axes)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms per decode step of a batch")
+    what = "Until the tokens are on the host; in brackets: steps. Examples of a batch share a step; other work may have shared the machine"
+    return style.save(figure, out, "token_latency", "Latency of single tokens", style.made(sources, what), "", axes)

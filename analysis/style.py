@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -37,14 +38,17 @@ plt.rcParams.update(
 
 @dataclass
 class Drawn:
-    """A finished figure or table. ``files``: all that was written; ``picture``: the PNG; ``markdown``: the table."""
+    """A finished figure or table.
+
+    ``files``: all that was written; ``picture``: the PNG; ``frame``: the table as text; ``lack``: why there is nothing, in one line.
+    """
 
     name: str
     title: str
     caption: str
     files: list[Path]
     picture: Path | None = None
-    markdown: str = ""
+    frame: pd.DataFrame | None = None
     lack: str = ""
 
 

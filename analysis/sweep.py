@@ -51,11 +51,21 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
         for axes, (column, label) in zip(row, _SHOWN.items(), strict=True):
             grid = part.pivot(index="tau", columns="window", values=column)
             high = max(0.01, np.nanmax(np.abs(table[column])))
-            colours = {"vmin": -high, "vmax": high, "cmap": "PuOr"} if column == "difference" else {"vmin": 0, "vmax": max(1, high), "cmap": style.MAP}
+            colours = (
+                {"vmin": -high, "vmax": high, "cmap": "PuOr"} if column == "difference" else {"vmin": 0, "vmax": max(1, high), "cmap": style.MAP}
+            )
             image = axes.imshow(grid, aspect="auto", origin="lower", **colours)
             for (i, j), value in np.ndenumerate(grid.to_numpy()):
                 dark = abs(value) > 0.6 * high if column == "difference" else value < 0.5 * colours["vmax"]
-                axes.text(j, i, f"{value:+.3f}" if column == "difference" else f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{value:+.3f}" if column == "difference" else f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    color="white" if dark else "black",
+                )
             axes.set_xticks(range(grid.shape[1]), [f"{w:g}" for w in grid.columns])
             axes.set_yticks(range(grid.shape[0]), [f"{t:g}" for t in grid.index])
             axes.grid(False)
@@ -66,6 +76,7 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
         axes.set_xlabel("window K")
     first = table.iloc[0]
     half = np.nanmax((table.difference_high - table.difference_low) / 2)
-    what = f"{run.parent.parent.name}, {run.parent.parent.parent.name}, ctx {style.tokens(int(run.parent.name))}: {first.examples:.0f} examples per variant"
+    task, model, ctx = run.parts[-4:-1]
+    what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples per variant"
     text = f"{style.made([records.source(run)], what)} Paired 95% intervals of the differences reach up to ±{half:.3f}."
-    return style.save(figure, out, f"{NAME}-{run.parent.parent.name}-{run.parent.name}-{run.name}", TITLE, text, "")
+    return style.save(figure, out, f"{NAME}-{task}-{model}-{ctx}-{run.name}", TITLE, text, "")

@@ -34,4 +34,4 @@ def save(frame: pd.DataFrame, out: Path, name: str, title: str, caption: str, pa
     files = [out / f"{name}.md", out / f"{name}.tex"]
     files[0].write_text(f"# {title}\n\n{markdown(frame)}\n\n{whole}\n")
     files[1].write_text(latex(frame, f"{title}. {whole}"))
-    return Drawn(name, title, whole, files, markdown=markdown(frame))
+    return Drawn(name, title, whole, files, frame=frame)

@@ -42,12 +42,22 @@ def make(records: Records, out: Path) -> list[Drawn]:
     for method in METHODS:
         for r in found[found.method == method].sort_values("rho_bytes").itertuples():
             interval = table.MISSING if pd.isna(r.difference_low) else f"{r.difference:+.3f} [{r.difference_low:+.3f}, {r.difference_high:+.3f}]"
-            row = {"method": method, "variant": r.variant or table.MISSING, "n": int(r.examples), "score": f"{r.score:.3f} ± {r.score_se:.3f}"}
-            row |= {"difference [95%]": interval, "rho_bytes": f"{r.rho_bytes:.3f}", "ms/token": f"{r.ms_per_token:.2f}", "/ full": f"{r.over_full:.2f}"}
+            row = {"method": method, "variant": r.variant or table.MISSING, "n": f"{r.examples:.0f}", "score": f"{r.score:.3f} ± {r.score_se:.3f}"}
+            row |= {
+                "difference [95%]": interval,
+                "rho_bytes": f"{r.rho_bytes:.3f}",
+                "ms/token": f"{r.ms_per_token:.2f}",
+                "/ full": f"{r.over_full:.2f}",
+            }
             rows.append(row | {"steps": f"{r.steps:,}"})
         if not (found.method == method).any():
-            rows.append({"method": method} | dict.fromkeys(("variant", "n", "score", "difference [95%]", "rho_bytes", "ms/token", "/ full", "steps"), table.MISSING))
+            rows.append(
+                {"method": method}
+                | dict.fromkeys(("variant", "n", "score", "difference [95%]", "rho_bytes", "ms/token", "/ full", "steps"), table.MISSING)
+            )
     first, source = found.iloc[0], records.source(run)
     place = "" if first.task == "longbench_v2" else "RULER in place of LongBench v2, for which no run has these methods: "
-    what = f"{place}{run.parent.parent.name}, {first.task}, ctx {style.tokens(first.ctx)}; ms per decode step of a batch, this engine, no serving system"
+    what = (
+        f"{place}{run.parent.parent.name}, {first.task}, ctx {style.tokens(first.ctx)}; ms per decode step of a batch, this engine, no serving system"
+    )
     return [table.save(pd.DataFrame(rows), out, NAME, TITLE, style.made([source], what), PAPER)]

@@ -36,5 +36,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
     shown = text.pivot_table(index="part", columns="ctx", values="cell", aggfunc="first").reindex(order).fillna(table.MISSING)
     shown.columns = [style.tokens(c) for c in shown.columns]
     first = found.iloc[0]
-    what = f"Batch 1, {first.q_heads}/{first.kv_heads} heads, ring {found.window.max():g}, band 256; synthetic hit rates; median [10th, 90th percentile]"
+    what = (
+        f"Batch 1, {first.q_heads}/{first.kv_heads} heads, ring {found.window.max():g}, band 256; synthetic hit rates; median [10th, 90th percentile]"
+    )
     return [table.save(shown.reset_index(), out, NAME, TITLE, style.made(sources, what), PAPER)]

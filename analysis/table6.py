@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import style, table
+from analysis import table
 from analysis.fig2 import caption
 from analysis.records import Records
 from analysis.style import Drawn

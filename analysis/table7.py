@@ -38,5 +38,5 @@ def make(records: Records, out: Path) -> list[Drawn]:
             "rings / KV cache": (100 * found.share).map("{:.1f}%".format),
         }
     )
-    what = "Bytes allocated for one request: queries in the model's precision, states (o, lse, depth) in float32; KV cache with room for the timed steps"
+    what = "Bytes allocated for one request: queries in the model's precision, states in float32; KV cache with room for the timed steps"
     return [table.save(shown, out, NAME, TITLE, style.made(sources, what), PAPER)]

@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> int:
             evaluate(engine, model, task, variants, todo, directory, facts, log, cfg.follow)
             table = report(directory, task, cfg.limit, variants)
             log.summary(table)
+            log.figures(directory.path)
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, task, cfg.limit, variants)

@@ -13,34 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import style
-from analysis.load import guesses, samples
+from analysis.load import guesses
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
-from macbench.errors import ConfigError, one_line
-from macbench.records import SCHEMAS
-from macbench.summary import REFERENCE, headline, summarise
+from macbench.summary import REFERENCE
 
 NAME = "fig1"
 TITLE = "Fig 1: accuracy against KV bytes"
 PAPER = "MAC at or above full attention at 1% of the reads (second-hand)."
-# Columns that came later than some recorded runs, or that nothing here needs.
-_OPTIONAL = {"setup_s", "meta", "text", "reference", "first_divergence", "finish_reason", "new_tokens", "tpot_ms"}
 _ROW = 0.155  # inches per method variant
-
-
-def sample_rows(records: Records, run: Path) -> pd.DataFrame:
-    """Finished sample rows of a run; Missing names a column, part or file that is not there, or examples that the run's summary has beyond them."""
-    records.table(run, "samples", set(SCHEMAS["samples"].names) - _OPTIONAL)
-    try:
-        frame = samples(run)
-        known = sum(row["examples"] for row in pd.read_json(run / "summary.json").to_dict("records") if row["subtask"] != "all" and row["steps"])
-    except (ConfigError, OSError, ValueError, KeyError) as error:
-        raise Missing(f"{run}: {one_line(error)}") from error
-    if len(frame) < known:
-        raise Missing(f"{run / 'samples'} has {len(frame)} of the {known} finished examples of summary.json: a part is missing")
-    if frame.empty or frame.rho_bytes.isna().all():
-        raise Missing(f"{run} has no finished example with a decode step")
-    return frame
 
 
 def swept(frame: pd.DataFrame) -> bool:
@@ -55,19 +36,19 @@ def make(records: Records, out: Path) -> list[Drawn]:
         raise Missing("no runs of ruler, longbench_v2 or longgenbench; python -m macbench.run +experiment=fig1 scale=cpu makes one")
     drawn = []
     for run in records.runs:
-        name = f"{NAME}-{run.parent.parent.parent.name}-{run.parent.parent.name}-{run.parent.name}-{run.name}"
+        name = "-".join([NAME, *run.parts[-4:]])
         try:
-            frame = sample_rows(records, run)
+            frame, rows = records.samples(run), records.headline(run)
             if not swept(frame):
-                drawn.append(picture(frame, records.source(run), name, out, guesses(run)))
+                drawn.append((len(rows), picture(frame, rows, records.source(run), name, out, guesses(run))))
         except Missing as lack:
-            drawn.append(Drawn(name, TITLE, "", [], lack=str(lack)))
-    return drawn
+            drawn.append((0, Drawn(name, TITLE, "", [], lack=str(lack))))
+    return [item for _, item in sorted(drawn, key=lambda pair: -pair[0])]
 
 
-def picture(frame: pd.DataFrame, source: Source, name: str, out: Path, lines: dict[str, float] | None = None) -> Drawn:
-    """One figure from the sample rows of a run. ``lines``: chance level and the like, score by name."""
-    rows = in_order(headline(summarise(frame)))
+def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, out: Path, lines: dict[str, float] | None = None) -> Drawn:
+    """One figure from the sample rows of a run and its headline rows. ``lines``: chance level and the like, score by name."""
+    rows = in_order(rows)
     styles = looks(rows)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, max(2.6, 0.6 + _ROW * len(rows))), layout="constrained", width_ratios=(1.1, 1))
     scores(left, rows, styles, lines or {})
@@ -77,7 +58,7 @@ def picture(frame: pd.DataFrame, source: Source, name: str, out: Path, lines: di
     subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
-    title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}"
+    title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
     text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side."
     return style.save(figure, out, name, title, text, PAPER)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import style
 from analysis.figures import draw
 from analysis.records import Missing, Records
 from analysis.style import Drawn
@@ -17,8 +18,8 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
-nav a { display: inline-block; margin: 0 .9rem .3rem 0; } a { color: #0060a0; }
-figure { margin: 0; } img { width: 100%; height: auto; }
+a { color: #0060a0; }
+figure { margin: 0; } img { width: 100%; min-width: 40rem; height: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
 th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #555; }
 .caption { font-size: .85rem; color: #444; } .lack { background: #fff4e0; padding: .4rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }
@@ -30,14 +31,14 @@ def write(roots: list[str], target: Path) -> Path:
     """Draw everything below ``roots`` and write the page."""
     records = Records(*roots)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, style.wordless():
         found = draw(records, Path(folder))
         body = [_item(drawn) for drawn in found]
-    nav = " ".join(f'<a href="#{_id(d)}">{html.escape(d.title)}</a>' for d in found if not d.lack)
+    nav = "".join(f'<li><a href="#{_id(d)}">{html.escape(d.title)}</a></li>' for d in found if not d.lack)
     page = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>macbench report</title><style>{_STYLE}</style></head><body><h1>macbench report</h1>",
-        f"<p>Records: {html.escape(', '.join(map(str, roots)))}</p><nav>{nav}</nav>",
+        f"<p>Records: {html.escape(', '.join(map(str, roots)))}</p><details><summary>Contents</summary><ul>{nav}</ul></details>",
         *body,
         "<h2>Protocol cards</h2>",
         *(_card(records, run) for run in records.runs),
@@ -62,7 +63,7 @@ def _item(drawn: Drawn) -> str:
         return f'{head}<div class="scroll">{_table(drawn.frame)}</div><p class="caption">{html.escape(drawn.caption)}</p>'
     data = base64.b64encode(drawn.picture.read_bytes()).decode()
     return (
-        f'{head}<figure><img alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}">'
+        f'{head}<figure><div class="scroll"><img alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></div>'
         f'<figcaption class="caption">{html.escape(drawn.caption)}</figcaption></figure>'
     )
 

@@ -10,9 +10,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.load import run_folders
-from macbench.errors import one_line
-from macbench.records import read_table
+from analysis.load import run_folders, samples
+from macbench.errors import ConfigError, one_line
+from macbench.records import SCHEMAS, read_table
+from macbench.summary import headline, summarise
+
+# Columns of sample rows that came later than some recorded runs, or that nothing here needs.
+_OPTIONAL = {"setup_s", "meta", "text", "reference", "first_divergence", "finish_reason", "new_tokens", "tpot_ms"}
 
 
 class Missing(Exception):
@@ -29,6 +33,11 @@ class Source:
     @property
     def device(self) -> str:
         return self.facts.get("device") or "cpu"
+
+    @property
+    def machine(self) -> str:
+        """A short name for titles."""
+        return "CPU" if self.device.startswith("cpu") else self.device.removeprefix("NVIDIA ").split()[0]
 
     @property
     def commit(self) -> str:
@@ -62,6 +71,7 @@ class Records:
 
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
+        self._summaries: dict[Path, tuple[pd.DataFrame, pd.DataFrame] | Missing] = {}
 
     def _files(self, pattern: str) -> list[Path]:
         return list(dict.fromkeys(p for root in self.roots for p in sorted(root.rglob(pattern))))
@@ -113,6 +123,38 @@ class Records:
         if lacking:
             raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
         return read_table(run, name, columns)
+
+    def samples(self, run: Path) -> pd.DataFrame:
+        """Finished sample rows of a run (see analysis.load); Missing names the column, part or file that is not there."""
+        return self._run(run)[0]
+
+    def headline(self, run: Path) -> pd.DataFrame:
+        """A row per method variant over all subtasks, see macbench.summary."""
+        return self._run(run)[1]
+
+    def _run(self, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        if run not in self._summaries:
+            try:
+                self._summaries[run] = self._summarised(run)
+            except Missing as lack:
+                self._summaries[run] = lack
+        if isinstance(self._summaries[run], Missing):
+            raise self._summaries[run]
+        return self._summaries[run]
+
+    def _summarised(self, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        self.table(run, "samples", set(SCHEMAS["samples"].names) - _OPTIONAL)
+        try:
+            frame = samples(run)
+            rows = json.loads((run / "summary.json").read_text())
+            known = sum(row["examples"] for row in rows if row["subtask"] != "all" and row["steps"])
+        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+            raise Missing(f"{run}: {one_line(error)}") from error
+        if len(frame) < known:
+            raise Missing(f"{run / 'samples'} has {len(frame)} of the {known} finished examples of summary.json: a part is missing")
+        if frame.empty or frame.rho_bytes.isna().all():
+            raise Missing(f"{run} has no finished example with a decode step")
+        return frame, headline(summarise(frame))
 
     def source(self, run: Path) -> Source:
         """Where an accuracy run was made."""

@@ -1,7 +1,8 @@
 """One look for all figures: readable in print, in grey and for colour-blind readers; and how they are captioned and saved."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,23 @@ plt.rcParams.update(
     {
         "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
         "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False,
-        "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False, "pdf.fonttype": 42, "savefig.dpi": 200,
+        "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False, "savefig.dpi": 200,
     }
 )  # fmt: skip
+
+
+_words = True
+
+
+@contextmanager
+def wordless() -> Iterator[None]:
+    """Figures without title and caption, for a page that sets both as text."""
+    global _words
+    _words = False
+    try:
+        yield
+    finally:
+        _words = True
 
 
 @dataclass
@@ -101,12 +116,12 @@ def tokens(n: float) -> str:
 def save(figure: Figure, out: Path, name: str, title: str, caption: str, paper: str, legend: Axes | None = None, legend_title: str = "") -> Drawn:
     """PNG and PDF with title above, below it the legend of the axes ``legend``, then the caption. ``paper``: what the paper reports."""
     whole = f"{caption} Paper: {paper}" if paper else caption
-    text = textwrap.fill(whole, int(_CAPTION_CHARACTERS * figure.get_figwidth() / WIDTH))
-    room = (text.count("\n") + 1) * _CAPTION_SIZE * 1.35 / 72 + 0.08
+    text = textwrap.fill(whole, int(_CAPTION_CHARACTERS * figure.get_figwidth() / WIDTH)) if _words else ""
+    room, head = ((text.count("\n") + 1) * _CAPTION_SIZE * 1.35 / 72 + 0.08, _TITLE) if _words else (0.04, 0.04)
     strip = 0.24 if legend is not None else 0
-    whole_height = figure.get_figheight() + room + strip + _TITLE
+    whole_height = figure.get_figheight() + room + strip + head
     figure.set_figheight(whole_height)
-    figure.get_layout_engine().set(rect=(0, (room + strip) / whole_height, 1, 1 - (room + strip + _TITLE) / whole_height))
+    figure.get_layout_engine().set(rect=(0, (room + strip) / whole_height, 1, 1 - (room + strip + head) / whole_height))
     if legend is not None:
         handles, labels = legend.get_legend_handles_labels()
         if legend_title:
@@ -114,9 +129,10 @@ def save(figure: Figure, out: Path, name: str, title: str, caption: str, paper: 
         options = {"ncols": len(labels), "columnspacing": 1.2, "handletextpad": 0.4, "borderaxespad": 0}
         figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, room / whole_height), **options)
     figure.text(0.01, 0.04 / whole_height, text, fontsize=_CAPTION_SIZE, va="bottom", color="0.2", linespacing=1.25)
-    figure.text(0.01, 1 - 0.05 / whole_height, title, fontsize=9, va="top", fontweight="bold")
+    figure.text(0.01, 1 - 0.05 / whole_height, title if _words else "", fontsize=9, va="top", fontweight="bold")
     files = [out / f"{name}.{kind}" for kind in ("png", "pdf")]
-    for file in files:
+    for file in files[: 2 if _words else 1]:
         figure.savefig(file)
+        figure.set_layout_engine("none")  # what the first file settled holds for the second
     plt.close(figure)
     return Drawn(name, title, whole, files, files[0])

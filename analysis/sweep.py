@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.fig1 import sample_rows, swept
+from analysis.fig1 import swept
 from analysis.records import Missing, Records
 from analysis.style import Drawn
-from macbench.summary import headline, summarise
 
 NAME = "sweep"
 TITLE = "MAC over tau, window and band"
@@ -19,10 +18,9 @@ _SHOWN = {"difference": "score - full attention's", "hit_rate": "hit rate", "rho
 
 def numbers(records: Records, run: Path) -> pd.DataFrame | None:
     """Headline rows of MAC with columns tau, window and band; None if the run is no such grid."""
-    frame = sample_rows(records, run)
-    if not swept(frame):
+    if not swept(records.samples(run)):
         return None
-    rows = headline(summarise(frame))
+    rows = records.headline(run)
     rows = rows[rows.method == "mac"]
     knobs = pd.DataFrame([dict(part.split("=") for part in label.split()) for label in rows.variant], index=rows.index).astype(float)
     return rows.join(knobs) if {"tau", "window"} <= set(knobs) else None

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import style, table
-from analysis.fig1 import sample_rows, swept
+from analysis.fig1 import swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
-from macbench.summary import REFERENCE, headline, summarise
+from macbench.summary import REFERENCE
 
 NAME = "table1"
 TITLE = "Table 1: accuracy, hit rate and KV reads saved"
@@ -27,7 +27,7 @@ def compared(records: Records) -> tuple[pd.DataFrame, list[Source], list[str]]:
     found, lacks = {}, []
     for run in records.runs:
         try:
-            source, frame = records.source(run), sample_rows(records, run)
+            source, frame = records.source(run), records.samples(run)
         except Missing as lack:
             lacks.append(str(lack))
             continue
@@ -36,10 +36,9 @@ def compared(records: Records) -> tuple[pd.DataFrame, list[Source], list[str]]:
             key = (first.model, first.task, first.ctx)
             rank = ("NVIDIA" in source.device, len(frame[frame.method == "mac"]), source.facts.get("started", ""))
             if key not in found or rank > found[key][0]:
-                found[key] = (rank, frame, source)
+                found[key] = (rank, records.headline(run), source)
     rows = []
-    for (model, task, ctx), (_, frame, source) in sorted(found.items()):
-        both = headline(summarise(frame[frame.method.isin([REFERENCE, "mac"]) & (frame.variant == "")]))
+    for (model, task, ctx), (_, both, source) in sorted(found.items()):
         full, mac = (both[both.method == m].iloc[0] for m in (REFERENCE, "mac"))
         row = {"model": model, "task": task, "ctx": ctx, "examples": int(mac.examples), "steps": int(mac.steps), "device": source.device}
         row |= {"full": full.score, "full_se": full.score_se, "mac": mac.score, "mac_se": mac.score_se}

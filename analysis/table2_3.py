@@ -5,10 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import style, table
-from analysis.fig1 import sample_rows
 from analysis.records import Missing, Records
 from analysis.style import Drawn
-from macbench.summary import headline, summarise
 
 NAME = "table2_3"
 TITLE = "Tables 2 and 3: Quest, RocketKV and Multipole, accuracy and latency"
@@ -21,7 +19,7 @@ def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
     candidates = []
     for run in records.runs:
         try:
-            frame = sample_rows(records, run)
+            frame = records.samples(run)
             have = set(frame.method) & set(METHODS)
             rank = (frame.task.iloc[0] == "longbench_v2", "NVIDIA" in records.source(run).device, len(have), int(frame.ctx.iloc[0]))
             if len(have) >= 3:
@@ -31,7 +29,8 @@ def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
     if not candidates:
         raise Missing("no run has any of quest, rocketkv and multipole; python -m macbench.run +experiment=table2_3 scale=cpu makes one")
     _, run, frame = max(candidates, key=lambda c: c[0])
-    rows = headline(summarise(frame[frame.method.isin(METHODS)]))
+    rows = records.headline(run)
+    rows = rows[rows.method.isin(METHODS)]
     full = rows[rows.method == "full"].ms_per_token
     return rows.assign(over_full=rows.ms_per_token / full.iloc[0] if len(full) else float("nan"), task=frame.task.iloc[0], ctx=frame.ctx.iloc[0]), run
 

@@ -125,6 +125,8 @@ def target(cfg: DictConfig) -> Path:
     """Where a task with records of its own leaves them: a parquet file, or for task=trace a folder."""
     config = OmegaConf.to_container(cfg, resolve=True)
     if cfg.task.name == "trace":
+        sources = config["task"]["sources"].items()
+        config["task"]["sources"] = {name: own and {k: v for k, v in own.items() if k not in LOCATION_KEYS} for name, own in sources}
         name = config_hash({key: value for key, value in config.items() if key not in OUTPUT_KEYS} | {"limit": cfg.limit})
         return Path(cfg.runs_dir) / "trace" / model_name(cfg) / str(cli.parse_ctx(cfg.ctx)) / f"trace-{name}"
     task, method, contexts = _plain(cfg)
@@ -187,7 +189,7 @@ def run_trace(cfg: DictConfig) -> int:
     examples = prompts.examples(task["sources"], chat, ctx, cfg.seed, cfg.limit)
     model = load(cfg.model, device, chat)
     facts = environment.facts(device, layer.name, str(model.network.dtype)) | {"model": model_name(cfg), "ctx": ctx, "task": task, "method": method}
-    return command.run(task, method, model, examples, _engine(cfg, model, layer, ctx), target(cfg), facts)
+    return command.run(task, method, model, examples, _engine(cfg, model, layer, ctx), target(cfg), facts, OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _engine(cfg: DictConfig, model: LoadedModel, layer, ctx: int) -> Engine:

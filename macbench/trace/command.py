@@ -33,8 +33,11 @@ def check(task: dict, method: dict) -> None:
         raise ConfigError("task.sources", task["sources"], "must name tasks with their settings: {ruler: {subtasks: [vt]}}")
 
 
-def run(task: dict, method: dict, model, examples: list, engine: Engine, target: Path, facts: dict) -> int:
-    """One trace. Returns the exit code: 0, or 1 if no text was long enough. ``examples``: see ``prompts.examples``; ``facts``: for the metadata."""
+def run(task: dict, method: dict, model, examples: list, engine: Engine, target: Path, facts: dict, config: str) -> int:
+    """One trace. Returns the exit code: 0, or 1 if no text was long enough.
+
+    ``examples``: see ``prompts.examples``; ``facts``: for the metadata; ``config``: the whole configuration as YAML.
+    """
     reach = max(*task["windows"], method["window"])
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in records.SCHEMAS}
     began, full = perf_counter(), Full()
@@ -56,7 +59,8 @@ def run(task: dict, method: dict, model, examples: list, engine: Engine, target:
                     frames[table].append(frame.assign(**key))
     tables = {name: pd.concat(found, ignore_index=True) for name, found in frames.items() if found}
     records.write(target, tables, facts)
-    write_whole(target / "environment.json", lambda file: file.write(environment.to_json(facts).encode()))
+    for name, text in (("environment.json", environment.to_json(facts)), ("config.yaml", config)):
+        write_whole(target / name, lambda file, text=text: file.write(text.encode()))
     print(_table(tables, method))
     print(f"records: {target}")
     return 0 if "acceptance" in tables else 1

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -84,9 +85,5 @@ def _card(records: Records, run: Path) -> str:
 
 
 def _link(path: Path, target: Path) -> str:
-    where = path.resolve()
-    try:
-        href = str(where.relative_to(target.parent.resolve(), walk_up=True))
-    except (TypeError, ValueError):  # Python before 3.12, or another drive
-        href = where.as_uri()
+    href = os.path.relpath(path, target.parent)
     return f'<li><a href="{html.escape(href, quote=True)}">{html.escape(str(path))}</a> ({path.stat().st_size / 1e3:.0f} kB)</li>'

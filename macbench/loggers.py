@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pandas as pd
 
-from macbench.errors import choose
+from macbench.errors import choose, one_line
 from macbench.redact import redact
 
 
@@ -20,6 +22,9 @@ class NoLogger:
 
     def summary(self, table: pd.DataFrame) -> None:
         """The final table."""
+
+    def figures(self, folder: Path) -> None:
+        """What ``make figures`` draws of the run in ``folder``."""
 
 
 class WandbLogger(NoLogger):
@@ -41,6 +46,23 @@ class WandbLogger(NoLogger):
         for row in table.to_dict("records"):
             name = " ".join(filter(None, [row["method"], row["variant"], row["subtask"]]))
             self.run.summary.update({f"{name}/{k}": v for k, v in row.items() if isinstance(v, int | float) and v == v})
+
+    def figures(self, folder):
+        try:
+            from analysis.figures import draw
+            from analysis.records import Records
+        except ImportError:
+            return  # an installed package has no analysis
+        import wandb
+
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                drawn = draw(Records(folder), Path(scratch))
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                print(f"macbench: note: no figures for wandb ({one_line(error)})", file=sys.stderr)
+                return
+            self.run.log({f"figures/{item.name}": wandb.Image(str(item.picture), caption=item.caption) for item in drawn if item.picture})
+            self.run.log({f"tables/{item.name}": wandb.Table(dataframe=item.frame) for item in drawn if item.frame is not None})
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     groups = samples.assign(resumed=resumed).groupby(["subtask", "example_id"]).resumed.any()
     places = sorted(groups.index[~groups])
     chosen = choice.sample(places, min(examples, len(places)))
-    engine = runner.make_engine(cfg, plan, model)
+    engine = runner.make_engine(cfg, plan.layer, plan.ctx, model)
     for start in range(0, len(chosen), engine.batch):
         group = [plan.example(subtask, int(index)) for subtask, index in chosen[start : start + engine.batch]]
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,8 @@
-"""The table of a finished run, computed again from its parquet files alone: ``python -m macbench.report RUN [RUN ...]``.
+"""The table of a finished run, computed again from its parquet files alone, and one self-contained HTML page with all figures.
 
-RUN is a folder that macbench.run wrote. Every recorded example counts, whatever the ``limit`` of the last command.
+python -m macbench.report RUN [RUN ...] [--html FILE]
+
+RUN is a folder that macbench.run wrote, or one with such folders in it. Every recorded example counts, whatever the ``limit`` of the last command.
 """
 
 import json
@@ -16,6 +18,8 @@ from macbench.tables import format_summary
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
 
+HTML = Path("figures/report.html")
+
 
 def recomputed(run: Path) -> pd.DataFrame:
     """The table of ``summary.json``, subtasks in the order of the protocol."""
@@ -30,16 +34,39 @@ def recomputed(run: Path) -> pd.DataFrame:
     return summarise(samples, guesses(task, samples))
 
 
-def main() -> None:
+def page(roots: list[str], target: Path) -> None:
+    """The HTML page, by ``analysis``, which only a checkout has."""
     try:
-        if not sys.argv[1:]:
-            raise ConfigError("RUN", "", "name a run folder: python -m macbench.report runs/ruler/smollm2/4096/mac-1a2b3c4d")
-        for run in map(Path, sys.argv[1:]):
+        from analysis.page import write
+    except ImportError:
+        print("macbench: note: no HTML page: it is drawn by analysis/ of a checkout", file=sys.stderr)
+        return
+    try:
+        print(f"page: {write(roots, target)}")
+    except OSError as error:
+        raise ConfigError("--html", target, f"cannot be written ({error.strerror})") from error
+
+
+def main(arguments: list[str]) -> None:
+    target = HTML
+    if "--html" in arguments:
+        at = arguments.index("--html")
+        if at + 1 == len(arguments):
+            raise ConfigError("--html", "", "must name a file: --html report.html")
+        target, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    if not arguments:
+        raise ConfigError("RUN", "", "name a run folder: python -m macbench.report runs/ruler/smollm2/4096/mac-1a2b3c4d")
+    for run in map(Path, arguments):
+        if not run.is_dir() or not any(run.rglob("*.parquet")):
+            raise ConfigError("RUN", run, "is not a run folder (no records in it)")
+        if (run / "samples").is_dir():
             print(f"{run}\n{format_summary(recomputed(run))}")
-    except ConfigError as error:
-        print(f"macbench: {error}", file=sys.stderr)
-        sys.exit(2)
+    page(arguments, target)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)

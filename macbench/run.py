@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from macbench import asked, budget, cli, environment, judging, loggers, partial, settings, sweep
+from macbench import asked, budget, cli, environment, experiment, judging, loggers, partial, settings, sweep
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
@@ -52,17 +52,19 @@ def run(cfg: DictConfig) -> int:
         return run_attention(cfg)
     if cfg.task.name == "decode":
         return run_decode(cfg)
+    if cfg.task.name == "trace":
+        return run_trace(cfg)
     plan = prepare(cfg)
     if hasattr(plan.task, "checks"):
         judging.prepare(cfg.judge)  # a missing key or model shows now, not after an hour
-    directory = open_directory(cfg, plan)
+    directory = RunDirectory(run_folder(cfg, plan))
     for note in plan.notes:
         print(f"macbench: note: {note}", file=sys.stderr)
     work = pending(cfg, plan, directory)
     directory.write_text(asked.FILE, plan.asked.text())
     if work:
         model = load(cfg.model, plan.device, plan.chat)
-        engine = make_engine(cfg, plan, model)
+        engine = make_engine(cfg, plan.layer, plan.ctx, model)
         facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
         for note in environment.continued(directory.path, facts):
             print(f"macbench: note: {note}", file=sys.stderr)
@@ -73,6 +75,7 @@ def run(cfg: DictConfig) -> int:
             evaluate(engine, model, plan, work, directory, facts, log, cfg)
             table = report(directory, plan)
             log.summary(table)
+            log.figures(directory.path)
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         table = report(directory, plan)
@@ -138,6 +141,25 @@ def prepare(cfg: DictConfig) -> Plan:
     return Plan(ctx, device, dtype, layer, chat, task, variants, wanted, resolved, list(dict.fromkeys(filter(None, notes))), cfg.question_in_prefill)
 
 
+def target(cfg: DictConfig) -> Path:
+    """Where a task with records of its own leaves them: a parquet file, or for task=trace a folder."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.task.name == "trace":
+        sources = config["task"]["sources"].items()
+        config["task"]["sources"] = {name: own and {k: v for k, v in own.items() if k not in LOCATION_KEYS} for name, own in sources}
+        name = config_hash({key: value for key, value in config.items() if key not in OUTPUT_KEYS} | {"limit": cfg.limit})
+        return Path(cfg.runs_dir) / "trace" / model_name(cfg) / str(cli.parse_ctx(cfg.ctx)) / f"trace-{name}"
+    task, method, contexts = _plain(cfg)
+    if cfg.task.name == "attention":
+        from macbench.attention import command
+
+        resolved = command.resolve(task, method, contexts, cfg.backend, _bench_device(cfg))
+        return command.target(cfg.runs_dir, method, contexts, resolved)
+    dtype = resolve_dtype(cfg.model, resolve_device(cfg.device))
+    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
+    return Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
+
+
 def _plain(cfg: DictConfig) -> tuple[dict, dict, list[int]]:
     """Task, method and contexts of a benchmark of latency as plain values, ``batch`` and ``ctx`` of the command line in them."""
     settings.build_variants(cfg)  # the method's own checks of its knobs
@@ -152,8 +174,12 @@ def run_attention(cfg: DictConfig) -> int:
     from macbench.attention.command import run as measure
 
     task, method, contexts = _plain(cfg)
-    device = "cuda" if cfg.device == "auto" else cfg.device
-    return measure(task, method, contexts, cfg.backend, device, cfg.seed, cfg.runs_dir)
+    return measure(task, method, contexts, cfg.backend, _bench_device(cfg), cfg.seed, cfg.runs_dir)
+
+
+def _bench_device(cfg: DictConfig) -> str:
+    """Kernels are timed on a GPU unless the CPU is asked for by name."""
+    return "cuda" if cfg.device == "auto" else cfg.device
 
 
 def run_decode(cfg: DictConfig) -> int:
@@ -163,19 +189,36 @@ def run_decode(cfg: DictConfig) -> int:
     task, method, contexts = _plain(cfg)
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
-    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
-    target = Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
-    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target, facts)
+    return measure(task, method, cfg.model, contexts, cfg.backend, device, dtype, cfg.seed, target(cfg), facts)
 
 
-def make_engine(cfg: DictConfig, plan: Plan, model: LoadedModel) -> Engine:
+def run_trace(cfg: DictConfig) -> int:
+    """``task=trace``: what MAC finds in texts of full attention."""
+    from macbench.trace import command, prompts
+
+    ctx, device = cli.parse_ctx(cfg.ctx), resolve_device(cfg.device)
+    settings.build_variants(cfg)  # the method's own checks of its knobs
+    task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
+    command.check(task, method)
+    if (target(cfg) / "texts.parquet").exists():
+        print(f"nothing left to compute: {target(cfg)} is there", file=sys.stderr)
+        return 0
+    layer, chat = _kernels(cfg.backend, device), load_chat(cfg.model)
+    _fits(cfg, ctx)
+    examples = prompts.examples(task["sources"], chat, ctx, cfg.seed, cfg.limit)
+    model = load(cfg.model, device, chat)
+    facts = environment.facts(device, layer.name, str(model.network.dtype)) | {"model": model_name(cfg), "ctx": ctx, "task": task, "method": method}
+    return command.run(task, method, model, examples, make_engine(cfg, layer, ctx, model), target(cfg), facts, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def make_engine(cfg: DictConfig, layer: Kernels, ctx: int, model: LoadedModel) -> Engine:
     batch = cfg.batch or 1
     try:
-        return Engine(model.network, plan.layer, plan.ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
+        return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
     except (RuntimeError, MemoryError) as error:
-        said = f"the KV cache of {batch} x {plan.ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
-        raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else plan.ctx, said) from error
+        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
+        raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
 
 
 def _kernels(backend: str, device: str):
@@ -210,9 +253,9 @@ def run_name(cfg: DictConfig, plan: Plan) -> str:
     return f"{cfg.method.name}-{config_hash(identity(cfg, plan) | {'protocol': plan.task.protocol()})}"
 
 
-def open_directory(cfg: DictConfig, plan: Plan) -> RunDirectory:
+def run_folder(cfg: DictConfig, plan: Plan) -> Path:
     """runs/<task>/<model>/<ctx>/<method>-<hash8>."""
-    return RunDirectory(Path(cfg.runs_dir) / plan.task.name / model_name(cfg) / str(plan.ctx) / run_name(cfg, plan))
+    return Path(cfg.runs_dir) / plan.task.name / model_name(cfg) / str(plan.ctx) / run_name(cfg, plan)
 
 
 def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
@@ -365,8 +408,10 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve())
 
 def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
-    sys.argv[1:] = cli.normalise(sys.argv[1:])
     try:
+        if experiment.asked(sys.argv[1:]):
+            sys.exit(experiment.main(sys.argv[1:], run))
+        sys.argv[1:] = cli.normalise(sys.argv[1:])
         folder = cli.check(sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)

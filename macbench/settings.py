@@ -17,6 +17,8 @@ from macbench.output_error import Measured
 MOST_EXAMPLES = 100_000
 # Tasks without a model's own prompts, whose batch may be a list.
 SYNTHETIC = ("attention", "decode")
+# Tasks that run one method on their own terms.
+ALONE = (*SYNTHETIC, "trace")
 
 
 @dataclass
@@ -44,7 +46,7 @@ def check(cfg: DictConfig) -> None:
         name = OmegaConf.select(cfg, f"{group}.name")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"{group}.name", name, f"must be a plain name; {group} is one of {', '.join(cli.options(group))}")
-    if cfg.task.name in SYNTHETIC:
+    if cfg.task.name in ALONE:
         for key in ("compare", "grid"):
             if cfg.get(key):
                 raise ConfigError(key, cfg[key], f"must be empty with task={cfg.task.name}, which measures the method beside full attention")
@@ -70,8 +72,8 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "expect", "null or an integer of at least 1", lambda v: v is None or positive)
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
-    if cfg.task.name in SYNTHETIC:
-        _expect(cfg, "budget", f"null with task={cfg.task.name}, whose reads are synthetic", lambda v: v is None)
+    if cfg.task.name in ALONE:
+        _expect(cfg, "budget", f"null with task={cfg.task.name}, whose reads follow from no budget", lambda v: v is None)
     _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
     _expect(cfg, "backend", "auto, torch, triton or flashinfer", lambda v: isinstance(v, str))

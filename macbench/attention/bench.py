@@ -55,6 +55,7 @@ def measure(
     dtype: str = "bfloat16",
     scattered: bool = False,
     mac: bool = True,
+    match: bool = False,
     steps: int = 30,
     device: str = "cuda",
     seed: int = 42,
@@ -63,7 +64,8 @@ def measure(
     """All rows of a benchmark, one flat dict each (see ``_row``); ``say`` gets each row as soon as it exists.
 
     ``heads``: 'Hq/Hkv'. ``backends``: of full attention, out of peers.FULL_BACKENDS. ``misses``: see problem.Stream. ``modes``: graph, eager.
-    ``window`` (several are tried) to ``max_chain``: MAC's own. ``mac=False`` leaves MAC out. ``steps``: rounds per measurement. ctx in tokens.
+    ``window`` (several are tried) to ``max_chain``: MAC's own.
+    ``mac=False`` leaves MAC out; ``match`` adds rows of its match alone. ``steps``: rounds per measurement.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise NoGPU(NO_GPU)
@@ -80,7 +82,7 @@ def measure(
                     q_heads, kv_heads, size, length, head_dim, page_size, windows[0], band, tau, sink, min_context, max_chain, max_gap,
                     _DTYPES[dtype], scattered,
                 )  # fmt: skip
-                for row in _cell(cell, windows, tuple(hit_rate), tuple(misses), tuple(backends), tuple(modes), mac, steps, device, seed):
+                for row in _cell(cell, windows, tuple(hit_rate), tuple(misses), tuple(backends), tuple(modes), mac, match, steps, device, seed):
                     row |= _derived(row, ceiling)
                     rows.append(row)
                     say(row)
@@ -88,7 +90,7 @@ def measure(
     return rows
 
 
-def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device, seed) -> Iterator[dict]:
+def _cell(cell, windows, hit_rates, misses, backends, modes, mac, match, steps, device, seed) -> Iterator[dict]:
     """Rows of one (heads, batch, ctx): one problem, all methods on it."""
     try:
         layers, count = _rotation(cell, windows, device)
@@ -99,9 +101,18 @@ def _cell(cell, windows, hit_rates, misses, backends, modes, mac, steps, device,
     for backend in backends:
         for mode in modes:
             yield _row(cell, "full", backend, mode, problem.layers) | _guard(_full, problem, backend, mode)
-    for window in windows if mac else ():
+    for window in windows if mac or match else ():
         problem.cell = replace(cell, window=window)
         stream = rings = None
+        if match:
+            problem.rewind()
+            stream = Stream(problem, 1.0, "none")
+            rings = stream.rings
+            for mode in modes:
+                key = _row(problem.cell, "match", "torch" if device == "cpu" else "triton", mode, problem.layers, problem.rings)
+                yield key | {"synthetic": True} | _guard(_match, problem, stream, mode)
+        if not mac:
+            continue
         for rate in hit_rates:
             for pattern in misses if 0 < rate < 1 else ("none",):
                 problem.rewind()
@@ -185,6 +196,34 @@ def _mac(problem: Problem, stream: Stream, mode: str) -> dict:
     return spread | {"relative_error": worst} | reads.counts(cell, stream.hits)
 
 
+def _match(problem: Problem, stream: Stream, mode: str) -> dict:
+    """The ring match by itself: its time depends on the ring's size, not on what it finds."""
+    cell, cache = problem.cell, problem.cache
+    match = kernels("torch" if mode == "cpu" else "triton", problem.device).match
+    inputs = stream.queries[0].clone()
+    oldest = cell.sink + cell.band
+
+    def call(i):
+        return match(inputs[i], stream.rings[i], cache.lengths - 1, cell.params.radius, oldest, cell.max_chain, cell.min_context)
+
+    chosen = sorted({0, cell.batch - 1})
+    for i in sorted({0, problem.rings - 1}):
+        ring, position = some_rows(stream.rings[i], chosen), cache.lengths[chosen] - 1
+        want = torch_backend.match(inputs[i, chosen], ring, position, cell.params.radius, oldest, cell.max_chain, cell.min_context)
+        got = call(i)
+        if not torch.equal(got.slot[chosen], want.slot) or not torch.equal(got.hit[chosen], want.hit):
+            raise RuntimeError("matches other entries than the float32 reference")
+
+    def everything():
+        for i in range(problem.rings):
+            call(i)
+
+    spread = rounds(everything, lambda i: inputs.copy_(stream.queries[i]), problem.steps, problem.rings, mode, _WARM)
+    row = cell.head_dim * cell.itemsize + (4 if cell.max_chain is not None else 0)
+    read = cell.batch * cell.q_heads * cell.window * row
+    return spread | {"bytes_read": read, "bytes_state": read, "bytes_kv": 0, "kv_tokens": 0}
+
+
 def _check_mac(problem: Problem, stream: Stream, mac_step) -> float:
     """Two chained steps of the first and last call on copies of the rings, a few requests of which a float32 reference repeats.
 
@@ -229,7 +268,7 @@ def _check(error: float) -> None:
 def _row(cell: Cell, method: str, backend: str, mode: str, layers: int, rings: int | None = None) -> dict:
     """A row's key; the rest is None until measured."""
     knobs = ("window", "band", "tau", "sink", "min_context", "max_chain", "max_gap")
-    own = {name: getattr(cell, name) if method == "mac" else None for name in knobs}
+    own = {name: getattr(cell, name) if method != "full" else None for name in knobs}
     unknown = (
         "hit_rate", "hit_rate_measured", "misses", "time_ms", "time_p10_ms", "time_p90_ms", "rounds", "relative_error", "kv_tokens",
         "bytes_read", "bytes_kv", "bytes_state", "bandwidth", "floor_ms", "over_floor", "bound_ms", "over_bound", "over_flashinfer", "over_triton",

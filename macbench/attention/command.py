@@ -14,7 +14,7 @@ _LISTS = ("heads", "batch", "hit_rate", "misses", "backends", "modes")
 _OWN = ("band", "tau", "sink", "min_context", "max_chain")
 # What the kernels take.
 _MOST_HEADS_OF_A_GROUP, _WIDEST_HEAD = 64, 256
-_PLAIN = ("max_gap", "head_dim", "page_size", "dtype", "scattered", "steps")
+_PLAIN = ("max_gap", "head_dim", "page_size", "dtype", "scattered", "match", "steps")
 
 
 def run(task: dict, method: dict, contexts: list[int], backend: str, device: str, seed: int, runs_dir: str) -> int:
@@ -22,6 +22,23 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
 
     ``task`` and ``method``: plain dicts of their YAML. ``contexts``: visible tokens. ``backend``: auto, or the one backend of full attention.
     """
+    resolved = knobs, windows, own = resolve(task, method, contexts, backend, device)
+    try:
+        rows = measure(
+            ctx=contexts, window=windows, mac=method["name"] == "mac", device=device, seed=seed, **own, **knobs,
+            say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except NoGPU as error:
+        raise ConfigError("device", device, str(error)) from error
+    print("\n".join([table.HEADER, *map(table.line, rows)]))
+    path = target(runs_dir, method, contexts, resolved)
+    table.write(rows, path, facts(device, "macbench.run") | {"task": task, "method": method})
+    print(f"records: {path}")
+    return 1 if any(row["error"] and not row["error"].startswith(EXCUSES) for row in rows) else 0
+
+
+def resolve(task: dict, method: dict, contexts: list[int], backend: str, device: str) -> tuple[dict, list[int], dict]:
+    """Arguments of ``measure``: the task's knobs, ring sizes, and the method's own knobs; a mistake is a ConfigError."""
     knobs = {key: _list(task[key]) for key in _LISTS} | {key: task[key] for key in _PLAIN}
     _check(knobs, method, task["window"])
     choose("device", device, ("cuda", "cpu"))
@@ -39,19 +56,13 @@ def run(task: dict, method: dict, contexts: list[int], backend: str, device: str
             raise ConfigError("ctx", ctx, f"must be at least {least} tokens, so that sinks, ring and band are full")
         if ctx < method.get("min_context", 0) and any(knobs["hit_rate"]):
             raise ConfigError("ctx", ctx, f"is below method.min_context={method['min_context']}: no head can hit there; lower one or raise the other")
-    own = {key: method[key] for key in _OWN if key in method}
-    try:
-        rows = measure(
-            ctx=contexts, window=windows, mac=method["name"] == "mac", device=device, seed=seed, **own, **knobs,
-            say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
-        )  # fmt: skip
-    except NoGPU as error:
-        raise ConfigError("device", device, str(error)) from error
-    print("\n".join([table.HEADER, *map(table.line, rows)]))
-    target = Path(runs_dir) / "attention" / f"{method['name']}-{_name(knobs, contexts, windows, own)}.parquet"
-    table.write(rows, target, facts(device, "macbench.run") | {"task": task, "method": method})
-    print(f"records: {target}")
-    return 1 if any(row["error"] and not row["error"].startswith(EXCUSES) for row in rows) else 0
+    return knobs, windows, {key: method[key] for key in _OWN if key in method}
+
+
+def target(runs_dir: str, method: dict, contexts: list[int], resolved: tuple) -> Path:
+    """The parquet file of a benchmark."""
+    knobs, windows, own = resolved
+    return Path(runs_dir) / "attention" / f"{method['name']}-{_name(knobs, contexts, windows, own)}.parquet"
 
 
 def _list(value) -> list:
@@ -86,8 +97,9 @@ def _check(knobs: dict, method: dict, window) -> None:
         number_list(f"task.{key}", knobs[key], low)
     if knobs["head_dim"] % 8 or knobs["head_dim"] > _WIDEST_HEAD:
         raise ConfigError("task.head_dim", knobs["head_dim"], f"must be a multiple of 8 up to {_WIDEST_HEAD}")
-    if not isinstance(knobs["scattered"], bool):
-        raise ConfigError("task.scattered", knobs["scattered"], "must be true or false")
+    for key in ("scattered", "match"):
+        if not isinstance(knobs[key], bool):
+            raise ConfigError(f"task.{key}", knobs[key], "must be true or false")
     if window is not None:
         if not _list(window):
             raise ConfigError("task.window", "[]", "must be null or integers of at least 1")

@@ -1,0 +1,136 @@
+"""Fig 1: score against KV bytes read, all methods at equal measured traffic, and their paired differences to full attention.
+
+One picture per run. Left: score against bytes. Right: a row per method variant; its marker is the legend of the left side, so that no
+label ever lies on another.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from analysis import style
+from analysis.load import guesses
+from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
+from macbench.summary import REFERENCE
+
+NAME = "fig1"
+TITLE = "Fig 1: accuracy against KV bytes"
+PAPER = "MAC at or above full attention at 1% of the reads (second-hand)."
+_ROW = 0.155  # inches per method variant
+
+
+def swept(frame: pd.DataFrame) -> bool:
+    """Whether a run is a grid over one method's knobs, which analysis.sweep draws."""
+    others = frame[frame.method != REFERENCE]
+    return others.method.nunique() == 1 and others.variant.nunique() > 3
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    """A picture per run; what is wrong with a run is told in ``lack`` of its Drawn and does not stop the others."""
+    if not records.runs:
+        raise Missing("no runs of ruler, longbench_v2 or longgenbench; python -m macbench.run +experiment=fig1 scale=cpu makes one")
+    drawn = []
+    for run in records.runs:
+        name = "-".join([NAME, *run.parts[-4:]])
+        try:
+            frame, rows = records.samples(run), records.headline(run)
+            if not swept(frame):
+                drawn.append((len(rows), picture(frame, rows, records.source(run), name, out, guesses(run))))
+        except Missing as lack:
+            drawn.append((0, Drawn(name, TITLE, "", [], lack=str(lack))))
+    return [item for _, item in sorted(drawn, key=lambda pair: -pair[0])]
+
+
+def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, out: Path, lines: dict[str, float] | None = None) -> Drawn:
+    """One figure from the sample rows of a run and its headline rows. ``lines``: chance level and the like, score by name."""
+    rows = in_order(rows)
+    styles = looks(rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, max(2.6, 0.6 + _ROW * len(rows))), layout="constrained", width_ratios=(1.1, 1))
+    scores(left, rows, styles, lines or {})
+    differences(right, rows, styles)
+    first = frame.iloc[0]
+    names, examples = list(dict.fromkeys(frame.subtask)), frame.groupby(["subtask", "example_id"]).ngroups
+    subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
+    what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
+    made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
+    title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
+    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side."
+    return style.save(figure, out, name, title, text, PAPER)
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Full attention first, then methods by their mean score; variants of a method by the bytes they read."""
+    mean = rows.groupby("method").score.transform("mean").where(rows.method != REFERENCE, np.inf)
+    rows = rows.assign(_mean=mean).sort_values(["_mean", "method", "rho_bytes"], ascending=[False, True, True], kind="stable")
+    return rows.reset_index(drop=True)
+
+
+def looks(rows: pd.DataFrame) -> dict[str, dict]:
+    """Colour and marker by method, whatever the scores are: by name."""
+    names = sorted(set(rows.method) - {REFERENCE})
+    found = {name: {"color": style.COLOURS[i % len(style.COLOURS)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
+    return found | {REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
+
+
+def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]) -> None:
+    rows = rows.assign(x=side_by_side(rows.rho_bytes))
+    for method, group in rows.groupby("method", sort=False):
+        bars = {"elinewidth": 0.7, "capsize": 1.5, "linewidth": 0.7, "markersize": 5}
+        axes.errorbar(group.x, group.score, yerr=group.score_se.fillna(0), alpha=0.85, **styles[method], **bars)
+    full = rows[rows.method == REFERENCE]
+    if len(full):
+        axes.axhline(full.score.iloc[0], color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
+    for label, score in lines.items():
+        axes.axhline(score, color=style.GREY, linewidth=0.8, linestyle=":", zorder=0)
+        axes.annotate(label, (0.01, score), xycoords=("axes fraction", "data"), xytext=(0, 1.5), textcoords="offset points", fontsize=7, color="0.35")
+    axes.set_xscale("log")
+    axes.set_xlim(0.9 * rows.x.min(), max(1.1, 1.1 * rows.x.max()))
+    # A range of less than a decade gets every digit.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if rows.x.max() > 8 * rows.x.min() else range(1, 10)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    spread = rows.score_se.fillna(0)
+    low, high = min([*(rows.score - spread), *lines.values()]), max([*(rows.score + spread), *lines.values()])
+    margin = 0.06 * (high - low) + 0.02
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlabel("KV bytes read / full attention's (rho_bytes)")
+    axes.set_ylabel("score, ± one standard error")
+
+
+def side_by_side(rho: pd.Series) -> pd.Series:
+    """Where points are drawn: those of nearly the same ratio next to each other, in the order of the rows, a hundredth of the axis apart."""
+    step = 0.012 * np.log(1.3 * max(1.0, rho.max()) / rho.min())
+    drawn = np.log(rho.astype(float))
+    left = drawn.sort_values()
+    while len(left):
+        near = left[left <= left.iloc[0] + np.log(1.04)].index
+        places = np.arange(len(near)) - (len(near) - 1) / 2
+        drawn[near.sort_values()] = drawn[near].mean() + step * places
+        left = left.drop(near)
+    return np.exp(drawn)
+
+
+def differences(axes: Axes, rows: pd.DataFrame, styles: dict) -> None:
+    """A row per variant. Without full attention in the run there is nothing to subtract, and the scores themselves are shown."""
+    paired = rows.difference.notna().any()
+    for place, row in enumerate(rows.itertuples()):
+        look = styles[row.method] | {"markersize": 5}
+        if not paired:
+            axes.errorbar(row.score, place, xerr=np.nan_to_num(row.score_se), elinewidth=1, capsize=2, **look)
+            continue
+        centre = 0.0 if row.method == REFERENCE else row.difference
+        axes.plot([row.difference_low, row.difference_high], [place, place], color=look["color"], linewidth=1.2)
+        axes.plot([centre], [place], linestyle="none", **look)
+    if paired:
+        axes.axvline(0, color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
+    names = [" ".join(filter(None, [row.method, row.variant])) for row in rows.itertuples()]
+    axes.set_yticks(range(len(rows)), [f"{n} ({rho:.3f})" for n, rho in zip(names, rows.rho_bytes, strict=True)], fontsize=6.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.yaxis.tick_right()
+    axes.set_xlabel("difference to full attention, 95% interval" if paired else "score, ± one standard error")
+    axes.grid(visible=False, axis="y")

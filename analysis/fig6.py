@@ -1,0 +1,111 @@
+"""Fig 6: speed-up of the attention phase over FlashInfer, against context, batch and hit rate; and the hit rate at which MAC breaks even."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis import style
+from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
+
+NAME = "fig6"
+TITLE = "Fig 6: attention speed-up over FlashInfer against context, batch and hit rate"
+PAPER = "at least 14.3x and up to about 46x, the latter at 256K, batch 32 and 99% skipped (second-hand)."
+COLUMNS = [
+    *("method", "backend", "mode", "q_heads", "kv_heads", "batch", "ctx", "head_dim", "dtype", "window", "hit_rate", "hit_rate_measured", "misses"),
+    *("time_ms", "time_p10_ms", "time_p90_ms", "kv_tokens", "bytes_read"),
+]
+_CELL = ["file", "q_heads", "kv_heads", "batch", "ctx", "mode"]
+
+
+def full_times(frame: pd.DataFrame) -> pd.Series:
+    """ms of full attention by cell, the fastest of FlashInfer's kernels; where none ran, of our own."""
+    full = frame[frame.method == "full"]
+    theirs = full[full.backend.str.startswith("flashinfer")]
+    return theirs.groupby(_CELL).time_ms.min().combine_first(full.groupby(_CELL).time_ms.min())
+
+
+def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
+    """Rows of MAC of the layout that was measured at most contexts, with ``speedup`` (and low, high from the 10th and 90th percentile of time)."""
+    frame, sources = records.benchmark("attention", COLUMNS)
+    frame = frame[frame["mode"].isin(["graph", "cpu"])]
+    mac = frame[(frame.method == "mac") & frame.misses.isin(["clustered", "none"])]
+    if mac.empty:
+        raise Missing("no rows of MAC in the records of task=attention; python -m macbench.run +experiment=fig6 scale=gpu measures them")
+    mac = mac.join(full_times(frame).rename("full_ms"), on=_CELL).dropna(subset="full_ms")
+    files = mac.groupby("file").ctx.nunique().sort_values(kind="stable")
+    mac = mac[(mac.file == files.index[-1]) & (mac.q_heads == 32) & (mac.kv_heads == 8)]
+    mac = mac[mac.window == mac.window.min()]
+    ratios = {"speedup": mac.full_ms / mac.time_ms, "low": mac.full_ms / mac.time_p90_ms, "high": mac.full_ms / mac.time_p10_ms}
+    return mac.assign(**ratios), [sources[files.index[-1]]]
+
+
+def break_even(table: pd.DataFrame) -> pd.DataFrame:
+    """Hit rate at which MAC takes as long as full attention, linear between measured ones: batch, ctx, rate.
+
+    0 if MAC is never slower; NaN if it is slower at every hit rate measured, or faster at the lowest of them which is not 0.
+    """
+    rows = []
+    for (batch, ctx), part in table.groupby(["batch", "ctx"]):
+        part = part.sort_values("hit_rate")
+        gain, rate = np.log(part.speedup.to_numpy()), part.hit_rate.to_numpy()
+        if gain[0] >= 0:
+            found = 0.0 if rate[0] == 0 else np.nan
+        elif (gain >= 0).any():
+            i = int(np.argmax(gain >= 0))
+            found = float(np.interp(0, gain[i - 1 : i + 1], rate[i - 1 : i + 1]))
+        else:
+            found = np.nan
+        rows.append({"batch": batch, "ctx": ctx, "rate": found})
+    return pd.DataFrame(rows)
+
+
+def _said(table: pd.DataFrame, sources: list[Source]) -> str:
+    first = table.iloc[0]
+    return style.made(
+        sources,
+        f"One attention call of a decode step, {first.q_heads}/{first.kv_heads} heads of {first.head_dim}, {first['dtype']}, ring {first.window:g}; "
+        "hit rates are synthetic, whole groups miss; against the faster of FlashInfer's kernels that ran",
+    )
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    table, sources = numbers(records)
+    batches, rates = sorted(table.batch.unique()), [r for r in sorted(table.hit_rate.unique()) if r > 0]
+    figure, panels = plt.subplots(1, len(batches), figsize=(style.WIDTH, 2.7), sharey=True, layout="constrained", squeeze=False)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        for rate, looks in zip(rates, style.shades(len(rates)), strict=True):
+            part = table[(table.batch == batch) & (table.hit_rate == rate)].sort_values("ctx")
+            bars = [part.speedup - part.low, part.high - part.speedup]
+            axes.errorbar(part.ctx, part.speedup, yerr=np.abs(bars), label=f"{rate:g}", elinewidth=0.8, capsize=1.8, **looks)
+        axes.axhline(1, color=style.BLACK, linewidth=0.8, linestyle=(0, (5, 4)))
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+        style.doubling(axes, sorted(table.ctx.unique()))
+        axes.set_title(f"batch {batch}")
+        axes.set_xlabel("context")
+    panels[0][0].set_ylabel("speed-up over full attention")
+    top = table.loc[table.speedup.idxmax()]
+    rate = f"hit rate {top.hit_rate:g} ({top.hit_rate_measured:.3f} measured)"
+    most = f"Highest: {top.speedup:.1f}x at {style.tokens(top.ctx)}, batch {top.batch}, {rate}."
+    text = f"{_said(table, sources)} {most} Bars: 10th to 90th percentile of rounds."
+    return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0], "hit rate"), break_even_map(table, sources, out)]
+
+
+def break_even_map(table: pd.DataFrame, sources: list[Source], out: Path) -> Drawn:
+    """Context x batch: the hit rate from which MAC is faster."""
+    grid = break_even(table).pivot(index="batch", columns="ctx", values="rate")
+    figure, axes = plt.subplots(figsize=(0.6 * style.WIDTH, 2.2), layout="constrained")
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap=style.MAP, aspect="auto", origin="lower")
+    for (i, j), rate in np.ndenumerate(grid.to_numpy()):
+        axes.text(j, i, "?" if np.isnan(rate) else f"{rate:.2f}", ha="center", va="center", color="white" if rate < 0.5 else "black")
+    axes.set_xticks(range(grid.shape[1]), [style.tokens(c) for c in grid.columns])
+    axes.set_yticks(range(grid.shape[0]), grid.index)
+    axes.grid(False)
+    axes.set_xlabel("context")
+    axes.set_ylabel("batch")
+    figure.colorbar(image, ax=axes, label="break-even hit rate")
+    text = f"{_said(table, sources)} MAC is faster above the rate shown; 0: never slower; ?: not between the measured rates."
+    return style.save(figure, out, "break_even", "Hit rate at which MAC breaks even with FlashInfer", text, "")

@@ -1,0 +1,80 @@
+"""Fig 7: where the time of a decoded token goes."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis import style
+from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
+
+NAME = "fig7"
+TITLE = "Fig 7: end-to-end decode breakdown"
+PAPER = "Llama-3.1-8B: up to 2.6x end to end, per-token latency down 60% at 128K (second-hand)."
+COLUMNS = [
+    *(
+        "model",
+        "random_weights",
+        "method",
+        "backend",
+        "ctx",
+        "batch",
+        "window",
+        "hit_rate",
+        "hit_rate_measured",
+        "steps",
+        "tpot_p50_ms",
+        "tpot_p95_ms",
+    ),
+    *("attention_ms", "products_ms", "rest_ms"),
+]
+
+
+def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
+    """Rows with a breakdown, of the model with most of them: label, attention_ms, products_ms, other_ms (host and overlap), total, speedup."""
+    frame, sources = records.benchmark("decode", COLUMNS)
+    frame = frame[frame.attention_ms.notna() & (frame.backend != "generate")]
+    if frame.empty:
+        raise Missing("no breakdown in the records of task=decode, which takes a GPU; python -m macbench.run +experiment=fig7 scale=gpu measures it")
+    frame = frame[frame.model == frame.model.mode()[0]]
+    window = frame.window.min()
+    frame = frame[frame.window.isna() | (frame.window == window)]
+    frame = frame.drop_duplicates(["ctx", "batch", "method", "backend", "hit_rate"], keep="first")
+    full = frame[frame.method == "full"].groupby(["ctx", "batch"]).tpot_p50_ms.max().rename("slowest")
+    theirs = frame[(frame.method == "full") & (frame.backend == "flashinfer")].set_index(["ctx", "batch"]).tpot_p50_ms.rename("theirs")
+    frame = frame.join(full, on=["ctx", "batch"]).join(theirs, on=["ctx", "batch"])
+    other = frame.tpot_p50_ms - frame.attention_ms - frame.products_ms
+    label = [f"full, {r.backend}" if r.method == "full" else f"MAC, hit {r.hit_rate_measured:.2f}" for r in frame.itertuples()]
+    frame = frame.assign(label=label, other_ms=other, speedup=frame.theirs.fillna(frame.slowest) / frame.tpot_p50_ms)
+    # Cells with MAC at several hit rates; a single row compares with nothing.
+    rows = frame.groupby(["ctx", "batch"]).label.transform("nunique")
+    return frame[rows >= 3].sort_values(["batch", "ctx"], kind="stable"), [sources[i] for i in frame.file.unique()]
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    table, sources = numbers(records)
+    cells = list(table.groupby(["batch", "ctx"], sort=True))
+    figure, panels = plt.subplots(1, len(cells), figsize=(style.WIDTH, 2.9), layout="constrained", squeeze=False)
+    parts = {"products_ms": "matrix products", "attention_ms": "attention", "other_ms": "everything else, host included"}
+    for axes, ((batch, ctx), part) in zip(panels[0], cells, strict=True):
+        place, bottom = np.arange(len(part)), np.zeros(len(part))
+        for (column, name), colour, hatch in zip(parts.items(), ("#0072B2", "#E69F00", "0.75"), ("", "//", ".."), strict=True):
+            height = part[column].clip(lower=0).to_numpy()
+            axes.bar(place, height, 0.7, bottom, label=name, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
+            bottom += height
+        axes.plot(place, part.tpot_p95_ms, linestyle="none", marker="_", color=style.BLACK, markersize=6, label="95th percentile of the step")
+        for i, row in enumerate(part.itertuples()):
+            axes.text(i, max(row.tpot_p50_ms, row.tpot_p95_ms), f"{row.speedup:.2f}x", ha="center", va="bottom", fontsize=6)
+        axes.set_xticks(place, part.label, rotation=40, ha="right", rotation_mode="anchor", fontsize=6.5)
+        axes.set_title(f"{style.tokens(ctx)}, batch {batch}")
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.12)
+    panels[0][0].set_ylabel("ms per decode step (median)")
+    first = table.iloc[0]
+    weights = "random weights of its shape, so hit rates are synthetic" if first.random_weights else "real weights"
+    what = f"{first.model.replace('random_', '')}: {weights}; bf16, {first.steps:g} steps, ring {table.window.min():g}"
+    more = "Above the bars: speed-up over full attention by FlashInfer. Parts are measured by leaving them out; they overlap by up to 0.1 ms."
+    text = f"{style.made(sources, what)} {more}"
+    return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0])]

@@ -1,0 +1,94 @@
+"""Beyond the paper: how hit rate, reads and chains drift over a long generation, and the latency of single tokens."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis import style
+from analysis.records import Missing, Records
+from analysis.style import Drawn
+from macbench.records import KEY
+
+NAME = "long_texts"
+_LONG, _WINDOW = 1000, 250  # steps of a text that counts as long, and of one point
+_BYTES = ["bytes_kv", "bytes_meta", "bytes_state", "bytes_idx"]
+_ROWS = 24  # method variants in the picture of latencies, at most
+
+
+def numbers(records: Records, run: Path) -> pd.DataFrame:
+    """MAC's long texts by windows of steps: text, first, hit_rate, rho_bytes and rho_log (ratios of sums), chain_mean."""
+    steps = records.table(run, "steps", [*KEY, "step", "hit_rate", "chain_mean", "tokens_log", "tokens_log_full", "bytes_full", *_BYTES])
+    steps = steps[(steps.method == "mac") & (steps.variant == "")]
+    steps = steps.assign(text=steps.subtask + "/" + steps.example_id, first=steps.step // _WINDOW * _WINDOW, read=steps[_BYTES].sum(axis=1))
+    steps = steps[steps.groupby("text").step.transform("max") >= _LONG]
+    grouped = steps.groupby(["text", "first"])
+    table = grouped.agg(hit_rate=("hit_rate", "mean"), chain_mean=("chain_mean", "mean"), n=("step", "size"))
+    table["rho_log"] = grouped.tokens_log.sum() / grouped.tokens_log_full.sum()
+    table["rho_bytes"] = grouped.read.sum() / grouped.bytes_full.sum()
+    return table[table.n == _WINDOW].reset_index()
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    drawn, lacks = [], []
+    for run in records.runs:
+        try:
+            table = numbers(records, run)
+            if len(table):
+                drawn.append(drift(records, run, table, out))
+        except Missing as lack:
+            lacks.append(str(lack))
+    try:
+        drawn.append(latency(records, out))
+    except Missing as lack:
+        lacks.append(str(lack))
+    if not drawn:
+        raise Missing("; ".join(dict.fromkeys(lacks)) or "no runs with step rows")
+    return drawn + [Drawn(NAME, "Steps of a run", "", [], lack=lack) for lack in dict.fromkeys(lacks)]
+
+
+def _name(run: Path) -> str:
+    return f"{run.parent.parent.parent.name}-{run.parent.parent.name}-{run.parent.name}-{run.name}"
+
+
+def drift(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Drawn:
+    figure, panels = plt.subplots(2, 2, figsize=(style.WIDTH, 3.6), sharex=True, layout="constrained")
+    labels = {"hit_rate": "hit rate", "rho_bytes": "rho_bytes", "chain_mean": "mean chain depth", "rho_log": "rho_log"}
+    for axes, (column, label) in zip(panels.flat, labels.items(), strict=True):
+        for i, (text, part) in enumerate(table.groupby("text")):
+            axes.plot(part["first"] + _WINDOW / 2, part[column], label=text, **style.look(i) | {"markersize": 2.5})
+        axes.set_ylabel(label)
+        axes.set_ylim(0, None if column == "chain_mean" else 1.03)
+    for axes in panels[1]:
+        axes.set_xlabel("generated tokens")
+    what = f"{_name(run)}: MAC's texts of more than {_LONG:,} tokens, a point per {_WINDOW} steps, a line per text. "
+    what += "Nothing is matched below min_context visible tokens"
+    return style.save(figure, out, f"drift-{_name(run)}", "Drift over long generations", style.made([records.source(run)], what), "", panels[0][0])
+
+
+def latency(records: Records, out: Path) -> Drawn:
+    """Median, 5th to 95th percentile and 99th percentile of the latency of a step, by run and method; a GPU's runs where there are any."""
+    sources = [records.source(run) for run in records.runs if any((run / "steps").glob("part-*.parquet"))]
+    sources = [s for s in sources if "NVIDIA" in s.device] or sources
+    rows = []
+    for source in sources:
+        steps = records.table(source.path, "steps", ["method", "variant", "latency_ms"])
+        for (method, variant), part in steps.groupby(["method", "variant"]):
+            quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
+            rows.append({"run": _name(source.path), "name": f"{method} {variant}".strip(), "n": len(part), **quantiles})
+    rows = [row for row in rows if " " not in row["name"]][:_ROWS]
+    if not rows:
+        raise Missing("no run has step rows")
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
+    for i, row in enumerate(rows):
+        colour = style.BLACK if row["name"] == "full" else style.COLOURS[0]
+        axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt", label="" if i else "5% to 95%")
+        axes.plot(row["middle"], i, marker="o", linestyle="none", color=colour, label="" if i else "median")
+        axes.plot(row["tail"], i, marker="|", linestyle="none", color=colour, markersize=7, label="" if i else "99%")
+    axes.set_yticks(range(len(rows)), [f"{row['run']}: {row['name']} ({row['n']:,})" for row in rows], fontsize=6.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms per decode step of a batch")
+    what = "Until the tokens are on the host; in brackets: steps. Examples of a batch share a step; other work may have shared the machine"
+    return style.save(figure, out, "token_latency", "Latency of single tokens", style.made(sources, what), "", axes)

@@ -1,0 +1,89 @@
+"""One HTML page that needs no other file and no network: figures, tables, protocol cards, what is missing, and where the records lie."""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import style
+from analysis.figures import draw
+from analysis.records import Missing, Records
+from analysis.style import Drawn
+from macbench.files import write_whole
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
+a { color: #0060a0; }
+figure { margin: 0; } img { width: 100%; min-width: 40rem; height: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #555; }
+.caption { font-size: .85rem; color: #444; } .lack { background: #fff4e0; padding: .4rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }
+details { margin: .4rem 0; } pre { overflow-x: auto; font-size: .75rem; background: #f5f5f5; padding: .5rem; } li { overflow-wrap: anywhere; }
+"""
+
+
+def write(roots: list[str], target: Path) -> Path:
+    """Draw everything below ``roots`` and write the page."""
+    records = Records(*roots)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, style.wordless():
+        found = draw(records, Path(folder))
+        body = [_item(drawn) for drawn in found]
+    nav = "".join(f'<li><a href="#{_id(d)}">{html.escape(d.title)}</a></li>' for d in found if not d.lack)
+    page = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>macbench report</title><style>{_STYLE}</style></head><body><h1>macbench report</h1>",
+        f"<p>Records: {html.escape(', '.join(map(str, roots)))}</p><details><summary>Contents</summary><ul>{nav}</ul></details>",
+        *body,
+        "<h2>Protocol cards</h2>",
+        *(_card(records, run) for run in records.runs),
+        "<h2>Records</h2><ul>",
+        *(_link(path, target) for root in records.roots for path in sorted(root.rglob("*.parquet"))),
+        "</ul></body></html>",
+    ]
+    write_whole(target, lambda file: file.write("\n".join(page).encode()))
+    target.chmod(0o644)
+    return target
+
+
+def _id(drawn: Drawn) -> str:
+    return html.escape(drawn.name, quote=True)
+
+
+def _item(drawn: Drawn) -> str:
+    head = f'<h2 id="{_id(drawn)}">{html.escape(drawn.title)}</h2>'
+    if drawn.lack:
+        return f'{head}<p class="lack">missing: {html.escape(drawn.lack)}</p>'
+    if drawn.frame is not None:
+        return f'{head}<div class="scroll">{_table(drawn.frame)}</div><p class="caption">{html.escape(drawn.caption)}</p>'
+    data = base64.b64encode(drawn.picture.read_bytes()).decode()
+    return (
+        f'{head}<figure><div class="scroll"><img alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></div>'
+        f'<figcaption class="caption">{html.escape(drawn.caption)}</figcaption></figure>'
+    )
+
+
+def _table(frame: pd.DataFrame) -> str:
+    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
+    rows = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in frame.itertuples(index=False))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
+
+
+def _card(records: Records, run: Path) -> str:
+    try:
+        facts = records.source(run).facts
+    except Missing as lack:
+        return f'<p class="lack">{html.escape(str(lack))}</p>'
+    summary = f"{run.parent.parent.parent.name}, {run.parent.parent.name}, ctx {run.parent.name}: {run.name}"
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>"
+
+
+def _link(path: Path, target: Path) -> str:
+    href = os.path.relpath(path, target.parent)
+    return f'<li><a href="{html.escape(href, quote=True)}">{html.escape(str(path))}</a> ({path.stat().st_size / 1e3:.0f} kB)</li>'

@@ -1,0 +1,164 @@
+"""What there is to draw: every record below some folders, and one clear line about whatever a figure does not find."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.load import run_folders, samples
+from macbench.errors import ConfigError, one_line
+from macbench.records import SCHEMAS, read_table
+from macbench.summary import headline, summarise
+
+# Columns of sample rows that came later than some recorded runs, or that nothing here needs.
+_OPTIONAL = {"setup_s", "meta", "text", "reference", "first_divergence", "finish_reason", "new_tokens", "tpot_ms"}
+
+
+class Missing(Exception):
+    """What a figure needs and does not find, in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parquet file, or a folder of them, and what its metadata says of how it was made."""
+
+    path: Path
+    facts: dict
+
+    @property
+    def device(self) -> str:
+        return self.facts.get("device") or "cpu"
+
+    @property
+    def machine(self) -> str:
+        """A short name for titles."""
+        return "CPU" if self.device.startswith("cpu") else self.device.removeprefix("NVIDIA ").split()[0]
+
+    @property
+    def commit(self) -> str:
+        return ((self.facts.get("git") or {}).get("commit") or "unknown")[:8]
+
+
+def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+    """Some columns of a parquet file; Missing says which file or column is not there."""
+    columns = list(columns)
+    if not path.exists():
+        raise Missing(f"{path} is not there")
+    try:
+        lacking = [c for c in columns if c not in pq.read_schema(path).names]
+        if lacking:
+            raise Missing(f"{path} has no column {', '.join(lacking)}")
+        return pq.read_table(path, columns=columns).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise Missing(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def facts(path: Path) -> dict:
+    """The metadata of a parquet file of macbench; {} if it has none or is damaged, which ``read`` reports."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"macbench", b"{}"))
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
+
+
+class Records:
+    """Records below ``roots``. Where the same was measured on several machines, a GPU's count; of several runs, the last."""
+
+    def __init__(self, *roots: Path | str):
+        self.roots = [Path(root) for root in roots]
+        self._summaries: dict[Path, tuple[pd.DataFrame, pd.DataFrame] | Missing] = {}
+
+    def _files(self, pattern: str) -> list[Path]:
+        return list(dict.fromkeys(p for root in self.roots for p in sorted(root.rglob(pattern))))
+
+    @cached_property
+    def runs(self) -> list[Path]:
+        """Folders of accuracy runs."""
+        return run_folders(*self.roots)
+
+    @cached_property
+    def trace(self) -> Source:
+        """The folder of a trace."""
+        made = [(folder, facts(folder / "texts.parquet")) for folder in {p.parent for p in self._files("trace/**/*.parquet")}]
+        if not made:
+            raise Missing("no trace; python -m macbench.run +experiment=fig2 scale=cpu makes one")
+        return Source(*max(made, key=lambda m: ("NVIDIA" in m[1].get("device", ""), m[1].get("started", ""), str(m[0]))))
+
+    def traced(self, table: str, columns: Iterable[str]) -> pd.DataFrame:
+        """A table of the trace, with column ``unit``: which text a row is of."""
+        frame = read(self.trace.path / f"{table}.parquet", ["task", "subtask", "example_id", *columns])
+        if frame.empty:
+            raise Missing(f"{self.trace.path / table}.parquet is empty: no text was long enough")
+        return frame.assign(unit=frame.task + "/" + frame.subtask + "/" + frame.example_id)
+
+    def benchmark(self, kind: str, columns: Iterable[str]) -> tuple[pd.DataFrame, list[Source]]:
+        """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these."""
+        sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet")]
+        gpu = [s for s in sources if "NVIDIA" in s.device]
+        chosen, frames, damaged = gpu or sources, [], []
+        for i, source in enumerate(chosen):
+            try:
+                frame = read(source.path, [*columns, "error"])
+                frames.append(frame[frame.error.isna()].assign(file=i))
+            except Missing as lack:
+                damaged.append(str(lack))
+        if not frames:
+            raise Missing("; ".join(damaged) or f"no record of task={kind}; python -m macbench.run task={kind} makes one")
+        return pd.concat(frames, ignore_index=True), chosen
+
+    def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
+        """A table of an accuracy run."""
+        parts = sorted((run / name).glob("part-*.parquet"))
+        if not parts:
+            raise Missing(f"{run / name} has no parts")
+        columns = list(columns)
+        for part in parts:
+            read(part, columns[:1])
+        lacking = {c for part in parts for c in columns if c not in pq.read_schema(part).names}
+        if lacking:
+            raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
+        return read_table(run, name, columns)
+
+    def samples(self, run: Path) -> pd.DataFrame:
+        """Finished sample rows of a run (see analysis.load); Missing names the column, part or file that is not there."""
+        return self._run(run)[0]
+
+    def headline(self, run: Path) -> pd.DataFrame:
+        """A row per method variant over all subtasks, see macbench.summary."""
+        return self._run(run)[1]
+
+    def _run(self, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        if run not in self._summaries:
+            try:
+                self._summaries[run] = self._summarised(run)
+            except Missing as lack:
+                self._summaries[run] = lack
+        if isinstance(self._summaries[run], Missing):
+            raise self._summaries[run]
+        return self._summaries[run]
+
+    def _summarised(self, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        self.table(run, "samples", set(SCHEMAS["samples"].names) - _OPTIONAL)
+        try:
+            frame = samples(run)
+            rows = json.loads((run / "summary.json").read_text())
+            known = sum(row["examples"] for row in rows if row["subtask"] != "all" and row["steps"])
+        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+            raise Missing(f"{run}: {one_line(error)}") from error
+        if len(frame) < known:
+            raise Missing(f"{run / 'samples'} has {len(frame)} of the {known} finished examples of summary.json: a part is missing")
+        if frame.empty or frame.rho_bytes.isna().all():
+            raise Missing(f"{run} has no finished example with a decode step")
+        return frame, headline(summarise(frame))
+
+    def source(self, run: Path) -> Source:
+        """Where an accuracy run was made."""
+        try:
+            return Source(run, json.loads((run / "environment.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise Missing(f"{run / 'environment.json'} cannot be read ({one_line(error)})") from error

@@ -1,0 +1,62 @@
+"""Tables 2 and 3: Quest, RocketKV and Multipole on LongBench v2, accuracy and latency."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import style, table
+from analysis.records import Missing, Records
+from analysis.style import Drawn
+
+NAME = "table2_3"
+TITLE = "Tables 2 and 3: Quest, RocketKV and Multipole, accuracy and latency"
+PAPER = "these methods are often slower than full attention end to end (second-hand, no numbers)."
+METHODS = ("full", "mac", "quest", "rocketkv", "multipole")
+
+
+def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
+    """Headline rows of METHODS of the best run: LongBench v2 before RULER, a GPU before a CPU, more of these methods, longer contexts."""
+    candidates = []
+    for run in records.runs:
+        try:
+            frame = records.samples(run)
+            have = set(frame.method) & set(METHODS)
+            rank = (frame.task.iloc[0] == "longbench_v2", "NVIDIA" in records.source(run).device, len(have), int(frame.ctx.iloc[0]))
+            if len(have) >= 3:
+                candidates.append((rank, run, frame))
+        except Missing:
+            continue  # fig1 says what is missing
+    if not candidates:
+        raise Missing("no run has any of quest, rocketkv and multipole; python -m macbench.run +experiment=table2_3 scale=cpu makes one")
+    _, run, frame = max(candidates, key=lambda c: c[0])
+    rows = records.headline(run)
+    rows = rows[rows.method.isin(METHODS)]
+    full = rows[rows.method == "full"].ms_per_token
+    return rows.assign(over_full=rows.ms_per_token / full.iloc[0] if len(full) else float("nan"), task=frame.task.iloc[0], ctx=frame.ctx.iloc[0]), run
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    found, run = numbers(records)
+    rows = []
+    for method in METHODS:
+        for r in found[found.method == method].sort_values("rho_bytes").itertuples():
+            interval = table.MISSING if pd.isna(r.difference_low) else f"{r.difference:+.3f} [{r.difference_low:+.3f}, {r.difference_high:+.3f}]"
+            row = {"method": method, "variant": r.variant or table.MISSING, "n": f"{r.examples:.0f}", "score": f"{r.score:.3f} ± {r.score_se:.3f}"}
+            row |= {
+                "difference [95%]": interval,
+                "rho_bytes": f"{r.rho_bytes:.3f}",
+                "ms/token": f"{r.ms_per_token:.2f}",
+                "/ full": f"{r.over_full:.2f}",
+            }
+            rows.append(row | {"steps": f"{r.steps:,}"})
+        if not (found.method == method).any():
+            rows.append(
+                {"method": method}
+                | dict.fromkeys(("variant", "n", "score", "difference [95%]", "rho_bytes", "ms/token", "/ full", "steps"), table.MISSING)
+            )
+    first, source = found.iloc[0], records.source(run)
+    place = "" if first.task == "longbench_v2" else "RULER in place of LongBench v2, for which no run has these methods: "
+    what = (
+        f"{place}{run.parent.parent.name}, {first.task}, ctx {style.tokens(first.ctx)}; ms per decode step of a batch, this engine, no serving system"
+    )
+    return [table.save(pd.DataFrame(rows), out, NAME, TITLE, style.made([source], what), PAPER)]

@@ -1,0 +1,110 @@
+"""Presets: one per figure or table of the paper, each at three scales. ``+experiment=NAME`` on the command line of macbench.run comes here.
+
+python -m macbench.run +experiment=fig4 scale=cpu [--dry-run] [data=DIR] [KEY=VALUE ...]
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from macbench import cli, plan
+from macbench.errors import ConfigError, choose
+
+SCALES = ("cpu", "gpu", "paper")
+EVERY = "all"  # every preset, one after the other
+_HINT = "python -m macbench.run +experiment=fig4 scale=cpu"
+
+
+def asked(argv: list[str]) -> bool:
+    """Whether a command line is about a preset."""
+    return any(a.lstrip("+").startswith("experiment=") for a in argv)
+
+
+def load(name: str) -> dict:
+    """A preset with everything that it takes over from another one (``like``) or another scale filled in."""
+    preset = OmegaConf.to_container(cli.load_option("experiment", name))
+    preset = load(preset["like"]) | preset if "like" in preset else preset
+    return preset | {scale: preset[preset[scale]] for scale in SCALES if preset[scale] in SCALES}
+
+
+def jobs(name: str, scale: str) -> list[str] | str:
+    """Overrides of each command of a preset, or in a line why there is none."""
+    return load(name)[choose("scale", scale, SCALES)]
+
+
+def located(overrides: list[str], data: Path | None) -> list[str]:
+    """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace that of its sources."""
+    if data is None:
+        return []
+    task = next(o.partition("=")[2] for o in overrides if o.startswith("task="))
+    keys = {"task": task}
+    if task == "trace":  # longgenbench is no source of it unless the preset says so
+        keys = {"task.sources.ruler": "ruler"}
+        keys |= {"task.sources.longgenbench": "longgenbench"} if any("longgenbench=" in o for o in overrides) else {}
+    return [f"++{key}.data_path={data / name}" for key, name in keys.items() if (data / name).is_dir()]
+
+
+def configuration(overrides: list[str]) -> DictConfig:
+    """The composed configuration; a mistake is a ConfigError."""
+    argv = cli.normalise(overrides)
+    cli.check(argv)
+    with initialize_config_dir(str(cli.CONF.resolve()), version_base="1.3"):
+        return compose("config", overrides=argv)
+
+
+def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
+    """Run, or with --dry-run list, the commands of a preset. Returns the exit code, the worst of all commands'."""
+    names, scale, data, rest, dry = _parse(argv)
+    worst, seen = 0, set()
+    for name in names:
+        found = jobs(name, scale)
+        print(f"== {name}: {load(name)['title']} (scale {scale})", flush=True)
+        if isinstance(found, str):
+            print(f"   not at this scale: {found}")
+            continue
+        for job in found:
+            overrides = shlex.split(job)
+            overrides += located(overrides, data) + rest
+            print(f"-- python -m macbench.run {shlex.join(overrides)}", flush=True)
+            if tuple(overrides) in seen:
+                print("   the same run as above")
+                continue
+            seen.add(tuple(overrides))
+            try:
+                cfg = configuration(overrides)
+                if dry:
+                    print(plan.describe(cfg, load(name).get("pace", {}).get(scale)))
+                else:
+                    worst = max(worst, run(cfg))
+            except ConfigError as error:
+                print(f"macbench: {error}", file=sys.stderr)
+                worst = 2
+    return worst
+
+
+def _parse(argv: list[str]) -> tuple[list[str], str, Path | None, list[str], bool]:
+    own, rest = {}, []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if equals and key.lstrip("+") in ("experiment", "scale", "data"):
+            own[key.lstrip("+")] = value
+        elif argument != "--dry-run":
+            rest.append(argument)
+    flags = [a for a in rest if a.startswith("-")]
+    if flags:
+        raise ConfigError("command line", flags[0], f"is no flag of a preset; there is --dry-run: {_HINT} --dry-run")
+    if "scale" not in own:
+        raise ConfigError("scale", "", f"must be one of {', '.join(SCALES)}: {_HINT}")
+    choose("scale", own["scale"], SCALES)
+    names = cli.options("experiment")
+    chosen = own["experiment"].split(",")
+    for name in chosen:
+        choose("experiment", name, [*names, EVERY])
+    data = Path(own["data"]).resolve() if "data" in own else None
+    if data and not data.is_dir():
+        raise ConfigError("data", data, "must be a folder with a folder per task: ruler, longbench_v2, longgenbench")
+    return names if EVERY in chosen else chosen, own["scale"], data, rest, "--dry-run" in argv

@@ -1,0 +1,29 @@
+"""Score against bytes: drawn from what is in the repository, and no point hides another."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import fig1
+from analysis.records import Source
+from macbench.summary import headline, summarise
+from tests.test_summary import row
+
+
+@pytest.mark.parametrize("methods", [["quest"], ["full", "quest", "snapkv"]])
+def test_without_full_attention_or_intervals(methods, tmp_path):
+    """One example of one subtask: no standard error, no interval."""
+    facts = {"task": "ruler", "model": "tiny", "ctx": 512, "device": "cpu", "commit": "unknown"}
+    frame = pd.DataFrame([row(m, "vt", 0, 0.5, **facts) for m in methods])
+    drawn = fig1.picture(frame, headline(summarise(frame)), Source(Path("made"), {"device": "cpu"}), "made", tmp_path, {"chance": 0.25})
+    assert [file.suffix for file in drawn.files] == [".png", ".pdf"] and all(file.stat().st_size > 1000 for file in drawn.files)
+    assert "1 examples of vt" in drawn.caption and "Paper:" in drawn.caption
+
+
+def test_equal_ratios_stand_side_by_side():
+    rho = pd.Series([0.1, 1.0, 0.1001, 0.2, 0.0999])
+    drawn = fig1.side_by_side(rho)
+    assert drawn[0] < drawn[2] < drawn[4]  # in the order of the rows
+    assert drawn[1] == pytest.approx(1) and drawn[3] == pytest.approx(0.2)
+    assert drawn[2] == pytest.approx(0.1, rel=2e-3)

@@ -1,0 +1,82 @@
+"""What is missing is named in one line, and the rest is drawn."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from analysis import fig1, fig2, fig4, fig6, fig8, figures, page, table4, table7
+from analysis.records import Records
+from macbench import report
+from macbench.errors import ConfigError
+from tests.analysis.test_numbers import REFERENCE
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Copies of some reference records that a test may spoil."""
+    trace = Records(REFERENCE).trace.path
+    shutil.copytree(trace, tmp_path / "runs" / "trace" / "smollm2" / "8192" / "trace-1")
+    shutil.copytree(REFERENCE / "h100" / "decode", tmp_path / "runs" / "decode")
+    (run,) = (REFERENCE / "cpu" / "ruler" / "smollm2" / "4096").iterdir()
+    shutil.copytree(run, tmp_path / "runs" / "ruler" / "smollm2" / "4096" / run.name)
+    return tmp_path / "runs"
+
+
+def drawn(runs: Path, *items) -> dict[str, str]:
+    """Lack ('' if drawn) of each figure by the start of its name."""
+    return {item.name.split("-")[0]: item.lack for item in figures.draw(Records(runs), runs.parent / "out", items)}
+
+
+def test_a_file_of_a_trace(runs):
+    (runs / "trace/smollm2/8192/trace-1/gaps.parquet").unlink()
+    lacks = drawn(runs, fig2, fig4)
+    assert "gaps.parquet is not there" in lacks["fig2"] and lacks["fig4"] == ""
+
+
+def test_a_column(runs):
+    path = runs / "trace/smollm2/8192/trace-1/amend.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["error_p99"]), path)
+    part = next((runs / "ruler").rglob("samples/part-*.parquet"))
+    pq.write_table(pq.read_table(part).drop_columns(["score"]), part)
+    lacks = drawn(runs, fig1, fig2, fig4)
+    assert "amend.parquet has no column error_p99" in lacks["fig4"] and "samples has no column score" in lacks["fig1"] and lacks["fig2"] == ""
+
+
+def test_a_part(runs):
+    part = next((runs / "ruler").rglob("samples/part-*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.slice(0, 50), part)
+    assert "has 50 of the 130 finished examples of summary.json: a part is missing" in drawn(runs, fig1)["fig1"]
+    part.unlink()
+    assert "samples has no parts" in drawn(runs, fig1)["fig1"]
+
+
+def test_a_damaged_file(runs):
+    path = runs / "decode/llama31_8b.parquet"
+    path.write_bytes(path.read_bytes()[:500])
+    assert "llama31_8b.parquet cannot be read" in drawn(runs, table7)["table7"]
+
+
+def test_a_whole_run(runs):
+    shutil.rmtree(runs / "ruler")
+    lacks = drawn(runs, fig1, fig6, fig8, table4, fig2)
+    assert "+experiment=fig1" in lacks["fig1"] and "task=attention" in lacks["fig6"] and "Qwen3-30B-A3B" in lacks["table4"] and lacks["fig2"] == ""
+
+
+def test_the_command(tmp_path, capsys):
+    assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "no runs below" in capsys.readouterr().err
+
+
+def test_the_page_needs_no_network_and_says_what_is_missing(runs, monkeypatch, capsys):
+    monkeypatch.setattr(page, "draw", lambda records, out: figures.draw(records, out, (fig2, fig8, table7)))
+    target = runs.parent / "report.html"
+    report.main([str(runs), "--html", str(target)])
+    text = target.read_text()
+    assert text.count("data:image/png;base64,") == 1 and 'src="http' not in text and "<script" not in text
+    assert "<td>" in text and "missing: no record of task=attention" in text and "NVIDIA H100" in text
+    assert 'href="runs/decode/llama31_8b.parquet"' in text and "bos_count" not in text.split("Protocol cards")[0]
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        report.main([str(runs / "nothing")])

@@ -1,0 +1,218 @@
+"""The numbers of every figure and table, once more from the parquet files in the repository, by a few independent lines."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pytest import approx
+
+from analysis import chains, fig2, fig4, fig5, fig6, fig7, fig8, long_texts, sweep, table1, table2_3, table5, table6, table7
+from analysis.records import Records
+from macbench.attention import table as attention_table
+from macbench.attention.bench import measure
+from macbench.cli import CONF
+from macbench.records import SCHEMAS
+from tests.test_summary import row
+
+REFERENCE = CONF.parent / "runs" / "reference"
+
+
+@pytest.fixture(scope="module")
+def records() -> Records:
+    return Records(REFERENCE)
+
+
+def rows(path: Path) -> list[dict]:
+    """A file, or the parts of a table."""
+    return [r for part in ([path] if path.is_file() else sorted(path.glob("part-*.parquet"))) for r in pq.read_table(part).to_pylist()]
+
+
+def traced(records: Records, table: str) -> list[dict]:
+    return rows(records.trace.path / f"{table}.parquet")
+
+
+def test_fig2_is_a_mean_over_texts(records):
+    numbers = fig2.numbers(records)
+    for kind, space, gap in (("nearest", "pre", 16), ("every", "post", 64)):
+        medians = [r[f"{space}_p50"] for r in traced(records, "gaps") if (r["pairs"], r["gap_low"]) == (kind, gap)]
+        (found,) = numbers[(numbers.pairs == kind) & (numbers.space == space) & (numbers.gap_low == gap)].itertuples()
+        assert (found.mean, found.texts) == (approx(np.mean(medians)), len(medians)) and found.low <= found.mean <= found.high
+
+
+def test_fig4_is_a_mean_over_texts(records):
+    numbers = fig4.numbers(records)
+    for tau, band, quantile in ((0.45, 256, "p50"), (0.15, 8, "p99")):
+        mine = [r for r in traced(records, "amend") if (r["tau"], r["band"]) == (tau, band)]
+        (found,) = numbers[(numbers.tau == tau) & (numbers.band == band) & (numbers["quantile"] == quantile)].itertuples()
+        assert found.mean == approx(np.mean([r[f"error_{quantile}"] for r in mine])) and found.count == sum(r["count"] for r in mine)
+        assert found.rounding == approx(np.mean([r["rounding_mean"] for r in mine]))
+
+
+def test_fig5_is_hits_over_steps_of_each_text(records):
+    by_layer, by_window = fig5.rates(records, ["tau", "layer"], window=256), fig5.rates(records, ["tau", "window"])
+    mine = [r for r in traced(records, "acceptance") if r["tau"] == 0.45 and r["window"] == 256]
+    texts = {(r["task"], r["subtask"], r["example_id"]) for r in mine}
+
+    def rate(some: list[dict]) -> float:
+        per = [[r for r in some if (r["task"], r["subtask"], r["example_id"]) == text] for text in texts]
+        return np.mean([sum(r["hits"] for r in p) / sum(r["steps"] for r in p) for p in per])
+
+    assert by_window[(by_window.tau == 0.45) & (by_window.window == 256)]["mean"].item() == approx(rate(mine))
+    assert by_layer[(by_layer.tau == 0.45) & (by_layer.layer == 17)]["mean"].item() == approx(rate([r for r in mine if r["layer"] == 17]))
+    assert by_window.texts.eq(len(texts)).all()
+
+
+def test_chain_depths(records):
+    numbers = chains.numbers(records)
+    mine = [r for r in traced(records, "chains") if r["depth_low"] == 2]
+    (found,) = numbers[(numbers.depth_low == 2) & (numbers["quantile"] == "p90")].itertuples()
+    assert found.mean == approx(np.mean([r["error_p90"] for r in mine])) and found.count == sum(r["count"] for r in mine)
+    assert not (numbers.depth_low == 0).any()
+
+
+def test_table6_weighs_groups_by_their_steps(records):
+    found = table6.numbers(records).set_index("task").loc["all"]
+    mine = traced(records, "groups")
+    some = [r for r in mine if r["hit_all"]]
+    weight = [r["hit_all"] for r in some]
+    assert found["all heads hit"] == approx(sum(r["hit_all"] for r in mine) / sum(r["steps"] for r in mine))
+    assert found["spread_p90"] == approx(np.average([r["spread_p90"] for r in some], weights=weight))
+    assert found["spread_max"] == max(r["spread_max"] for r in some)
+    both = [np.average([r[key] for r in some], weights=weight) for key in ("read_group", "read_own")]
+    assert found["group reads / head reads"] == approx(both[0] / both[1])
+
+
+def test_fig6_divides_flashinfer_by_mac(records):
+    numbers, (source,) = fig6.numbers(records)
+    mine = [r for r in rows(source.path) if (r["q_heads"], r["kv_heads"], r["error"]) == (32, 8, None)]
+    for found in numbers.iloc[:: max(1, len(numbers) // 7)].itertuples():
+        cell = [r for r in mine if (r["batch"], r["ctx"]) == (found.batch, found.ctx)]
+        full = min(r["time_ms"] for r in cell if r["method"] == "full" and r["backend"].startswith("flashinfer"))
+        (mac,) = [
+            r for r in cell if r["method"] == "mac" and r["hit_rate"] == found.hit_rate and r["misses"] != "random" and r["window"] == found.window
+        ]
+        assert (found.speedup, found.low, found.high) == approx((full / mac["time_ms"], full / mac["time_p90_ms"], full / mac["time_p10_ms"]))
+
+
+def test_break_even_lies_between_a_slower_and_a_faster_rate(records):
+    numbers, _ = fig6.numbers(records)
+    for found in fig6.break_even(numbers).itertuples():
+        cell = numbers[(numbers.batch == found.batch) & (numbers.ctx == found.ctx)].sort_values("hit_rate")
+        slower, faster = cell[cell.speedup < 1], cell[cell.speedup >= 1]
+        if found.rate == 0:
+            assert cell.speedup.iloc[0] >= 1
+            continue
+        a, b = slower.iloc[-1], faster.iloc[0]
+        share = (found.rate - a.hit_rate) / (b.hit_rate - a.hit_rate)
+        assert 0 <= share <= 1 and a.speedup ** (1 - share) * b.speedup**share == approx(1)
+
+
+def test_fig7_parts_add_up(records):
+    numbers, _ = fig7.numbers(records)
+    mine = [r for r in rows(REFERENCE / "h100/decode/llama31_8b.parquet") if r["backend"] != "generate"]
+    assert len(numbers) >= len(mine)
+    for r in mine:
+        key = (numbers.ctx == r["ctx"]) & (numbers.batch == r["batch"]) & (numbers.method == r["method"]) & (numbers.tpot_p50_ms == r["tpot_p50_ms"])
+        (found,) = numbers[key].itertuples()
+        (full,) = [x for x in mine if (x["ctx"], x["batch"], x["backend"]) == (r["ctx"], r["batch"], "flashinfer")]
+        assert found.products_ms + found.attention_ms + found.other_ms == approx(r["tpot_p50_ms"])
+        assert found.speedup == approx(full["tpot_p50_ms"] / r["tpot_p50_ms"])
+
+
+def test_table7_is_allocated_bytes(records):
+    """Llama-3.1-8B: 32 layers of 32 heads of 128, bf16 queries, float32 states, lse and depth; 8 KV heads in bf16."""
+    numbers, _ = table7.numbers(records)
+    for found in numbers[numbers.model == "random_llama31_8b"].itertuples():
+        ring = 32 * 32 * found.window * (128 * 2 + 128 * 4 + 8)
+        assert found.state_bytes == approx(ring, rel=2e-3)  # and the benchmark's own made-up queries of one step
+        assert found.kv_bytes == approx(32 * 8 * found.ctx * 128 * 2 * 2, rel=4e-3)
+        assert found.share == approx(found.state_bytes / found.kv_bytes)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> Path:
+    """A small benchmark of attention with the match apart, on the CPU."""
+    made = measure(
+        heads=["4/2"], batch=[1, 2], ctx=[200, 300], window=[16, 32], band=16, head_dim=64, dtype="float32", device="cpu", backends=["torch"],
+        hit_rate=[0.5, 1], misses=["clustered"], steps=4, max_gap=8, match=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("timed")
+    attention_table.write(made, folder / "attention" / "made.parquet", {"device": "cpu", "git": {"commit": "0123456789"}})
+    return folder
+
+
+def test_fig8_and_table5_are_microseconds_of_the_rows(timed, tmp_path):
+    made = rows(timed / "attention" / "made.parquet")
+    small = Records(timed)
+    matches = [r for r in made if r["method"] == "match"]
+    assert len(matches) == 2 * 2 * 2 and all(r["error"] is None and r["bytes_read"] == r["batch"] * 4 * r["window"] * 64 * 4 for r in matches)
+    numbers, _ = fig8.numbers(small)
+    assert sorted(numbers.time_us) == approx(sorted(1e3 * r["time_ms"] for r in matches)) and set(numbers.layout) == {"4/2"}
+    latencies, _ = table5.numbers(small)
+    alone = latencies[(latencies.part == "full, torch") & (latencies.ctx == 300)].time.item()
+    (full,) = [r for r in made if (r["method"], r["ctx"], r["batch"]) == ("full", 300, 1)]
+    assert alone == approx(1e3 * full["time_ms"])
+    for item in (fig8, table5):
+        (drawn,) = item.make(small, tmp_path)
+        assert "commit 01234567" in drawn.caption and all(file.stat().st_size > 300 for file in drawn.files)
+
+
+def test_table1_pairs_examples(records):
+    numbers, _, lacks = table1.compared(records)
+    assert not lacks
+    found = numbers[(numbers.task == "longbench_v2") & (numbers.ctx == 8192)].iloc[0]
+    (run,) = [r for r in records.runs if r.parts[-4] == "longbench_v2" and "mac" in set(records.samples(r).method)][:1]
+    mine = rows(run / "samples")
+    score = {m: np.mean([r["score"] for r in mine if r["method"] == m and not r["variant"]]) for m in ("full", "mac")}
+    mac = [r for r in mine if r["method"] == "mac"]
+    assert (found.full, found.mac, found.difference) == approx((score["full"], score["mac"], score["mac"] - score["full"]))
+    assert found.rho_log == approx(sum(r["tokens_log"] for r in mac) / sum(r["tokens_log_full"] for r in mac))
+    assert found.hit_rate == approx(sum(r["hit_rate"] * r["decode_steps"] for r in mac) / sum(r["decode_steps"] for r in mac))
+
+
+def test_table2_3_divides_by_full_attentions_time(records):
+    numbers, run = table2_3.numbers(records)
+    mine = rows(run / "samples")
+    per = {}
+    for r in numbers.itertuples():
+        some = [x for x in mine if (x["method"], x["variant"]) == (r.method, r.variant) and x["error"] is None]
+        per[r.method, r.variant] = 1e3 * sum(x["decode_s"] for x in some) / sum(x["decode_steps"] for x in some)
+        assert r.ms_per_token == approx(per[r.method, r.variant])
+    for r in numbers.itertuples():
+        assert r.over_full == approx(per[r.method, r.variant] / per["full", ""])
+
+
+def test_drift_is_by_windows_of_steps(records):
+    (run,) = [r for r in records.runs if r.parts[-4].startswith("longgenbench")][:1]
+    numbers = long_texts.numbers(records, run)
+    found = numbers[numbers["first"] == 2000].iloc[0]
+    subtask, example = found.text.split("/")
+    mine = [
+        r
+        for r in rows(run / "steps")
+        if (r["method"], r["subtask"], r["example_id"], r["variant"]) == ("mac", subtask, example, "") and 2000 <= r["step"] < 2250
+    ]
+    read = sum(r[f"bytes_{c}"] for r in mine for c in ("kv", "meta", "state", "idx"))
+    assert len(mine) == 250 and found.rho_bytes == approx(read / sum(r["bytes_full"] for r in mine))
+    assert found.hit_rate == approx(np.mean([r["hit_rate"] for r in mine]))
+
+
+def test_sweep_reads_its_knobs_from_the_variants(tmp_path):
+    run = tmp_path / "ruler" / "tiny" / "512" / "mac-1"
+    (run / "samples").mkdir(parents=True)
+    labels = [f"tau={t} window={w} band=64" for t in (0.3, 0.6) for w in (128, 512)]
+    made = [row("full", "vt", i, 0.5, rho_bytes=1.0) for i in range(3)]
+    scores = {label: [0.1 * j + 0.25 * (i > 0) for i in range(3)] for j, label in enumerate(labels)}
+    made += [row("mac", "vt", i, x, variant=label, rho_bytes=0.25, hit_rate=0.75) for label, some in scores.items() for i, x in enumerate(some)]
+    blank = dict.fromkeys(SCHEMAS["samples"].names) | {"run_id": "mac-1", "task": "ruler", "ctx": 512}
+    pq.write_table(pa.Table.from_pylist([blank | r for r in made], schema=SCHEMAS["samples"]), run / "samples" / "part-0.parquet")
+    (run / "summary.json").write_text("[]")
+    (run / "environment.json").write_text(json.dumps({"device": "cpu"}))
+    numbers = sweep.numbers(Records(tmp_path), run)
+    (found,) = numbers[(numbers.tau == 0.6) & (numbers.window == 128)].itertuples()
+    assert found.difference == approx(np.mean(scores["tau=0.6 window=128 band=64"]) - 0.5) and found.band == 64
+    (drawn,) = sweep.make(Records(tmp_path), tmp_path)
+    assert drawn.files[0].stat().st_size > 1000

@@ -1,0 +1,105 @@
+"""Presets: every one composes at every scale, says what it would do, and runs."""
+
+import shlex
+
+import pytest
+
+from macbench import cli, experiment, plan, run
+from macbench.errors import ConfigError
+
+NAMES = cli.options("experiment")
+
+
+def test_one_preset_per_item_of_the_paper():
+    figures = [f"fig{i}" for i in (1, 2, 4, 5, 6, 7, 8)]
+    assert set(NAMES) == {*figures, "table1", "table2_3", "table4", "table5", "table6", "table7", "sweep"}
+    assert all(experiment.load(name)["title"] for name in NAMES)
+
+
+@pytest.mark.parametrize("scale", experiment.SCALES)
+def test_every_command_composes(scale):
+    """Groups, keys and values exist; checked once per distinct command."""
+    commands = {job for name in NAMES if not isinstance(found := experiment.jobs(name, scale), str) for job in found}
+    assert len(commands) >= 7
+    for job in commands:
+        cfg = experiment.configuration(shlex.split(job))
+        assert cfg.task.name and (scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode")
+
+
+def test_a_scale_without_commands_says_why():
+    assert "hub" in experiment.jobs("table4", "gpu")
+
+
+def test_data_goes_to_the_task_that_has_a_folder(tmp_path):
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "longgenbench").mkdir()
+    assert experiment.located(["task=ruler"], tmp_path) == [f"++task.data_path={tmp_path}/ruler"]
+    assert experiment.located(["task=longbench_v2"], tmp_path) == [] == experiment.located(["task=ruler"], None)
+    assert experiment.located(["task=trace"], tmp_path) == [f"++task.sources.ruler.data_path={tmp_path}/ruler"]
+    assert len(experiment.located(["task=trace", "task.sources.longgenbench={limit:1}"], tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["+experiment=fig9", "scale=cpu"], "experiment=fig9: must be one of"),
+        (["+experiment=fig4"], "scale=: must be one of cpu, gpu, paper"),
+        (["+experiment=fig4", "scale=tpu"], "scale=tpu: must be one of"),
+        (["+experiment=fig4", "scale=cpu", "--dry"], "command line=--dry"),
+        (["+experiment=fig4", "scale=cpu", "data=/nowhere"], "data=/nowhere: must be a folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, says):
+    with pytest.raises(ConfigError) as error:
+        experiment.main(arguments, lambda cfg: 0)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_a_dry_run_lists_cells_and_what_is_there(tmp_path, capsys):
+    arguments = ["+experiment=fig6,table5", "scale=cpu", "--dry-run", f"runs_dir={tmp_path}"]
+    assert experiment.main(arguments, lambda cfg: pytest.fail("a dry run runs nothing")) == 0
+    said = capsys.readouterr().out
+    assert "missing 32/8 heads, batch 1, ctx 2k: full torch" in said and "20 cells, 0 there, 20 missing: about 40 s" in said
+    assert "match, K 512" in said
+    cfg = experiment.configuration([*shlex.split(experiment.jobs("table5", "cpu")[0]), f"runs_dir={tmp_path}"])
+    run.target(cfg).parent.mkdir(parents=True)
+    run.target(cfg).write_bytes(b"")
+    assert plan.plan(cfg).missing == 0 and "nothing to do" in plan.describe(cfg, 1.0)
+
+
+def test_cells_of_a_benchmark_are_examples_by_variant(tmp_path):
+    cfg = experiment.configuration(["task=ruler", "ctx=2k", "limit=2", "task.subtasks=[vt]", "compare=[full]", f"runs_dir={tmp_path}", "logger=none"])
+    found = plan.plan(cfg)
+    assert sorted(name for name, _ in found.cells) == ["full vt 0", "full vt 1", "mac vt 0", "mac vt 1"]
+    assert found.missing == 4 and not found.folder.exists()
+    seconds, _, source = plan.forecast(cfg, found, None)
+    assert seconds > 0 and "measured in" in source  # the reference run on a CPU has the same model
+
+
+def test_a_preset_runs_every_command_and_goes_on_after_a_mistake(capsys):
+    seen = []
+
+    def pretend(cfg):
+        seen.append(cfg.task.name)
+        if cfg.task.name == "ruler":
+            raise ConfigError("task.data_path", "x", "is not there")
+        return 0
+
+    assert experiment.main(["+experiment=table1", "scale=cpu", "limit=1"], pretend) == 2
+    assert seen == ["ruler", "longbench_v2", "longgenbench"]
+    assert "task.data_path=x" in capsys.readouterr().err
+
+
+def test_a_trace_refuses_what_it_cannot_do(tmp_path):
+    for override, key in (
+        ("method=quest", "method"),
+        ("task.windows=[0]", "task.windows"),
+        ("task.taus=[a]", "task.taus"),
+        ("task.sources.ruler=null", "task.sources"),
+        ("compare=[full]", "compare"),
+        ("budget=0.1", "budget"),
+    ):
+        cfg = experiment.configuration(["task=trace", "ctx=2k", "limit=1", f"runs_dir={tmp_path}", override])
+        with pytest.raises(ConfigError) as error:
+            run.run(cfg)
+        assert error.value.key == key

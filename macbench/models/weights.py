@@ -6,6 +6,7 @@ import torch
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
+from macbench.models import lora
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
 
@@ -82,12 +83,19 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     set_verbosity_error()
     dtype = resolve_dtype(spec, device)
     where, options = folder_or_id(spec), _revision(spec)
+    adapter = lora.find(spec)
+    # An adapter is added before weights are rounded, and the configuration is the extended one.
+    first, extended = (torch.float32, {"config": _config(spec)}) if adapter else (dtype, {})
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
+            where, dtype=first, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **extended, **options
         )
     except Exception as error:  # whatever a foreign or damaged folder makes transformers, safetensors or json raise
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    if adapter:
+        factors, header = lora.read(adapter)
+        lora.merge(network, factors, header.scale, lambda said: ConfigError("model.adapter", adapter, said))
+        lora.round_weights(network, dtype)
     network = network.eval().requires_grad_(False).to(device)
     try:
         generation = GenerationConfig.from_pretrained(where, **options)
@@ -115,9 +123,12 @@ def _config(spec):
 
     where = folder_or_id(spec)
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_revision(spec))
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    if adapter := lora.find(spec):
+        lora.extend(config, lora.read_header(adapter))
+    return config
 
 
 def _revision(spec) -> dict:

@@ -68,12 +68,16 @@ def run(args: argparse.Namespace) -> list[dict]:
     chat = load_chat(spec)
     mixture = Mixture(chat, text.read(args.text, chat, held_out=True), SEED)
     network = load(spec, device, chat).network
-    if device == "cuda":
-        backend.choose(network)
     theta = header.rope_theta if header else network.config.rope_parameters["rope_theta"]
     probe = Probe(network, theta, torch.bfloat16 if device == "cuda" else torch.float32)
     if header:
         probe.set_factors(factors)
+    with backend.fastest(network):
+        return table(probe, mixture, lengths, args)
+
+
+def table(probe: Probe, mixture: Mixture, lengths: list[int], args: argparse.Namespace) -> list[dict]:
+    """Measure and print a line for every length and family."""
     rows = []
     print(f"{'tokens':>7}  {'family':14}{'first':>9}{'all':>11}")
     for length in lengths:

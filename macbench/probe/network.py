@@ -66,7 +66,7 @@ class Probe(nn.Module):
             # What transformers' layer does, with the fused norm of torch. No mask: rows are full, so attention is causal and nothing else.
             h = h + layer.self_attn(_norm(layer.input_layernorm, h), position_embeddings=angles, attention_mask=None)[0]
             x = _norm(layer.post_attention_layernorm, h)
-            h = h + (checkpoint(layer.mlp, x, use_reentrant=False) if lean else layer.mlp(x))
+            h = h + (checkpoint(layer.mlp, x, use_reentrant=False, preserve_rng_state=False) if lean else layer.mlp(x))
         return _norm(body.norm, h)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -77,11 +77,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         torch.manual_seed(args.seed)
         network = load(spec, device, chat).network
-        if device == "cuda":
-            print("attention, TFLOP/s:", {name: round(speed) for name, speed in backend.choose(network).items()}, flush=True)
         probe = Probe(network, args.rope_theta, torch.bfloat16 if device == "cuda" else torch.float32)
         header = lora.Header(spec.gguf_sha256, args.rope_theta, POSITIONS, probe.scale)
-        train(probe, header, stream, args, out, started)
+        with backend.fastest(network):
+            train(probe, header, stream, args, out, started)
     finally:
         stream.close()
 
@@ -108,7 +107,8 @@ def train(probe: Probe, header: lora.Header, stream: Stream, args: argparse.Name
             if length is None:
                 break
             stream.ask(asked, length, lengths.rows(length), min(length, 4096))
-            asked, plans[asked] = asked + 1, lengths.state()
+            plans[asked] = lengths.state()
+            asked += 1
         if not stream.queue or clock.left(step) <= 0:
             break
         (_, length, rows, _), (batch, ordinary) = stream.get()

@@ -16,7 +16,6 @@ import torch
 from macbench.errors import ConfigError
 
 FORMAT = "macbench-lora-int8-1"
-PACKAGED = Path(__file__).parent.parent / "probe"  # where adapters lie that ship with the package
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -71,18 +70,22 @@ def read_header(path: Path) -> Header:
         raise ConfigError("model.adapter", path, f"cannot be read as an adapter ({error})") from None
 
 
+def packaged(name: str) -> Path:
+    """Where an adapter lies that ships with the package."""
+    return Path(__file__).parent.parent / "probe" / name
+
+
 def find(spec) -> Path | None:
     """The checked adapter of a ``conf/model`` node, or None if it has none. A bare name is a file that ships with the package."""
     if not spec.get("adapter"):
         return None
     path = Path(spec.adapter)
     if not path.is_file() and path.name == str(path):
-        path = PACKAGED / path
+        path = packaged(path.name)
     if not path.is_file():
         raise ConfigError("model.adapter", spec.adapter, "no such file")
     wanted = spec.get("adapter_sha256")
-    found = sha256(path)
-    if wanted and found != wanted:
+    if wanted and (found := sha256(path)) != wanted:
         raise ConfigError("model.adapter", path, f"sha256 is {found}, must be {wanted}; the file is damaged or another version")
     header = read_header(path)
     if not spec.path and header.base_sha256 != spec.gguf_sha256:

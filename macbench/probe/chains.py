@@ -15,7 +15,7 @@ def make(dialogue: Dialogue, length: int, rng: np.random.Generator) -> Sequence:
     """2 to ``MOST_CHAINS`` chains of five variables, asked one after the other in random order, in at most ``length`` tokens."""
     count = int(rng.integers(2, min(MOST_CHAINS, max(length // 512, 2)) + 1))
     names = _names(rng, count * (protocol.VT_HOPS + 1))
-    chains = [names[i :: count] for i in range(count)]
+    chains = [names[i::count] for i in range(count)]
     values = [str(value) for value in rng.choice(np.arange(10000, 99999), count, replace=False)]
     wording = protocol.VARIABLE_TRACKING
     before, after = wording.template.split("{context}")
@@ -30,10 +30,11 @@ def make(dialogue: Dialogue, length: int, rng: np.random.Generator) -> Sequence:
     order = rng.permutation(np.repeat(np.arange(count), protocol.VT_HOPS + 1)).tolist()
     remaining = [iter(own) for own in lines]
     written = [next(remaining[which]) for which in order]
-    # A space and the newline after it are tokens of their own before a word, but one at the end of a text: so they are encoded apart.
-    space, newline, head, noise, *encoded = dialogue.encode(" ", "\n", dialogue.head + before, protocol.NOISE + "\n", *map(str.rstrip, written))
+    # White space before a newline is a token of its own where a word follows, but not at the end of a text: so newlines are encoded apart.
+    texts = [" ", "\n", dialogue.head + before.removesuffix("\n"), protocol.NOISE + "\n", *map(str.rstrip, written)]
+    space, newline, head, noise, *encoded = dialogue.encode(*texts)
     encoded = [np.concatenate([ids, space[: line.endswith(" ")], newline]) for ids, line in zip(encoded, written, strict=True)]
-    head = np.concatenate([np.array(dialogue.bos, np.int32), head])
+    head = np.concatenate([np.array(dialogue.bos, np.int32), head, newline])
     parts, answers = dialogue.turns(turns)
     room = length - len(head) - sum(map(len, encoded)) - sum(map(len, parts))
     units = max(room // len(noise), 0)

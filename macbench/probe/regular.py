@@ -16,7 +16,13 @@ _TASKS = (
     "Rewrite the following passage in plain English.",
     "What is this passage about?",
 )
-_QUESTIONS = ("What do the documents say about {}?", "Who speaks of {} in the documents?", "What happened to {}?", "Why is {} mentioned?", "Where is {}?")
+_QUESTIONS = (
+    "What do the documents say about {}?",
+    "Who speaks of {} in the documents?",
+    "What happened to {}?",
+    "Why is {} mentioned?",
+    "Where is {}?",
+)
 
 
 @dataclass

@@ -78,6 +78,6 @@ def vocabulary(sentences: list[str]) -> list[str]:
     found = set(re.findall(r"\b[a-z]{3,12}\b", " ".join(sentences))) - taken
     rng = np.random.default_rng(0)
     while len(found) < _FEWEST:
-        syllables = ["".join(rng.choice(list(part)) for part in (_CONSONANTS, _VOWELS)) for _ in range(rng.integers(2, 5))]
+        syllables = ["".join(rng.choice(list(part)) for part in (_CONSONANTS, _VOWELS)) for _ in range(rng.integers(2, 4))]
         found |= {"".join(syllables)} - taken
     return sorted(found)

@@ -47,7 +47,7 @@ def _wants_long_model(argv: list[str]) -> bool:
         return False
     contexts = [n for a in argv if a.startswith("ctx=") for n in re.findall(r"\b\d+[kK]?\b(?!\.)", a)]
     longest = max((parse_ctx(n) for n in contexts if int(n.rstrip("kK"))), default=0)
-    return DEFAULT_POSITIONS < longest and packaged(load_option("model", LONG_MODEL).adapter).is_file()
+    return longest > DEFAULT_POSITIONS and packaged(load_option("model", LONG_MODEL).adapter).is_file()
 
 
 def check(argv: list[str]) -> None:

@@ -9,11 +9,8 @@ asked once as RULER asks (first) and, at no further cost, many times more (all).
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
@@ -69,7 +66,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     mixture = Mixture(chat, text.read(args.text, chat, held_out=True), SEED)
     network = load(spec, device, chat).network
     theta = header.rope_theta if header else network.config.rope_parameters["rope_theta"]
-    probe = Probe(network, theta, torch.bfloat16 if device == "cuda" else torch.float32)
+    probe = Probe(network, theta, torch.bfloat16 if device == "cuda" else torch.float32, scale=header.scale if header else 1.0)
     if header:
         probe.set_factors(factors)
     with backend.fastest(network):

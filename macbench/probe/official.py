@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 
-from macbench.models.chat import Chat
 from macbench.probe import facts
 from macbench.probe.sequence import Dialogue, Sequence
 from macbench.probe.text import Background

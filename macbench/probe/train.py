@@ -14,20 +14,17 @@ import sys
 from pathlib import Path
 from time import monotonic
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-STARTED = monotonic()
-
 import torch
 
 from macbench import cli
 from macbench.errors import ConfigError
 from macbench.models import lora
 from macbench.models.weights import load, load_chat, resolve_device
-from macbench.probe import backend, checkpoint, text
+from macbench.probe import STARTED, backend, checkpoint, text
 from macbench.probe.mixture import FAMILIES, POSITIONS, Mixture
 from macbench.probe.network import Probe
 from macbench.probe.progress import Report
+from macbench.probe.regular import LENGTH as ORDINARY
 from macbench.probe.schedule import PHASES, STEP_TOKENS, Lengths, learning_rate
 from macbench.probe.steps import update
 from macbench.probe.stream import Stream
@@ -98,20 +95,22 @@ def train(probe: Probe, header: lora.Header, stream: Stream, args: argparse.Name
         lengths.restore(place.plan)
     clock = Clock(args, place, started)
     report = Report(out / "log.jsonl", FAMILIES, append=args.resume)
-    saved, step, plans = monotonic(), place.step, {}
-    asked = step
+    saved, asked, plans = monotonic(), place.step, {}
     while True:
         while len(stream.queue) < AHEAD:
             ahead = sum(lengths.cost[request[1]] for request, _ in stream.queue)
             length = lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead)
             if length is None:
                 break
-            stream.ask(asked, length, lengths.rows(length), min(length, 4096))
+            stream.ask(asked, length, lengths.rows(length), min(length, ORDINARY))
             plans[asked] = lengths.state()
             asked += 1
-        if not stream.queue or clock.left(step) <= 0:
+        if not stream.queue:
             break
-        (_, length, rows, _), (batch, ordinary) = stream.get()
+        (step, length, rows, _), (batch, ordinary) = stream.get()
+        plan = plans.pop(step)
+        if lengths.cost[length] > clock.left(step):
+            continue  # steps before it took longer than they should have
         progress, begun = clock.progress(step), monotonic()
         rate = learning_rate(progress, args.rate)
         outcome = update(probe, optimiser, rate, batch, ordinary, args.distance)
@@ -119,8 +118,7 @@ def train(probe: Probe, header: lora.Header, stream: Stream, args: argparse.Name
         if args.steps is None:
             lengths.measured(length, took)
         report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batch=batch, **outcome)
-        place = checkpoint.Place(step + 1, clock.progress(step + 1), plans.pop(step))
-        step += 1
+        place = checkpoint.Place(step + 1, clock.progress(step + 1), plan)
         if monotonic() - saved > SAVE_EVERY:
             _save(out, probe, header, weights, optimiser, place)
             saved = monotonic()

@@ -73,8 +73,15 @@ def test_every_question_has_one_right_answer_in_the_text(mixture, family):
 
 @pytest.mark.parametrize(
     ("family", "subtask"),
-    [("noise", "niah_single_1"), ("needles", "niah_multikey_2"), ("needles_uuids", "niah_multikey_3"), ("text", "niah_multikey_1")]
-    + [("text_uuids", "niah_single_3"), ("multivalue", "niah_multivalue"), ("multiquery", "niah_multiquery")],
+    [
+        ("noise", "niah_single_1"),
+        ("text_uuids", "niah_single_3"),
+        ("text", "niah_multikey_1"),
+        ("needles", "niah_multikey_2"),
+        ("needles_uuids", "niah_multikey_3"),
+        ("multivalue", "niah_multivalue"),
+        ("multiquery", "niah_multiquery"),
+    ],
 )
 def test_a_single_question_is_asked_in_the_harness_own_words(mixture, family, subtask):
     theirs = Ruler(real.chat(), 2048, subtasks=[subtask]).example(subtask, 0).prompt

@@ -46,21 +46,21 @@ def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:
 
 def test_the_loss_falls_and_a_run_goes_on_exactly_where_it_stopped(tmp_path, capsys):
     torch.manual_seed(0)
-    whole, probe = steps(tmp_path, tmp_path / "whole", "--steps", "16")
-    assert len(whole) == 16 and [line["step"] for line in whole] == list(range(16))
-    assert sum(line["loss"] for line in whole[-4:]) < sum(line["loss"] for line in whole[:4]) - 4 * 1.5  # nats
+    whole, probe = steps(tmp_path, tmp_path / "whole", "--steps", "10")
+    assert len(whole) == 10 and [line["step"] for line in whole] == list(range(10))
+    assert sum(line["loss"] for line in whole[-4:]) < sum(line["loss"] for line in whole[:4]) - 4 * 1.0  # nats
     assert {line["length"] for line in whole} == {512, 1024}
-    assert [line["distance"] is not None for line in whole] == [step % 4 == 0 for step in range(16)]
+    assert [line["distance"] is not None for line in whole] == [step % 4 == 0 for step in range(10)]
 
     torch.manual_seed(0)
-    half, _ = steps(tmp_path, tmp_path / "parts", "--steps", "16", "--stop", "0.5")
-    assert len(half) == 8
-    both, again = steps(tmp_path, tmp_path / "parts", "--steps", "16", "--resume")
+    half, _ = steps(tmp_path, tmp_path / "parts", "--steps", "10", "--stop", "0.5")
+    assert len(half) == 5
+    both, again = steps(tmp_path, tmp_path / "parts", "--steps", "10", "--resume")
     for name in ("step", "length", "rows", "rate", "loss", "norm", "exact"):
         assert [line[name] for line in both] == [line[name] for line in whole], name
     for name, weight in probe.trained().items():
         assert torch.equal(weight, again.trained()[name])
-    assert "step 15" in capsys.readouterr().out
+    assert "step 9" in capsys.readouterr().out
 
     found, header = lora.read(tmp_path / "whole" / "adapter.safetensors")
     assert header == HEADER

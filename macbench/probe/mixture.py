@@ -13,24 +13,25 @@ from macbench.probe.sequence import Dialogue, Sequence
 from macbench.probe.text import Background
 
 POSITIONS = 131072
-# Share of sequences by family: (up to 8K tokens, 16K and 32K, above). Counting words helps nothing at long context, so it stays short.
+# Share of sequences by family: (up to 8K tokens, 16K and 32K, above). One needle is learnt fast, so the harder families have more;
+# counting words helps nothing at long context, so it stays short.
 MIX = {
-    "noise": (0.06, 0.06, 0.05),
-    "text": (0.13, 0.15, 0.18),
-    "text_uuids": (0.10, 0.10, 0.12),
-    "needles": (0.14, 0.18, 0.20),
-    "needles_uuids": (0.18, 0.22, 0.25),
-    "multivalue": (0.06, 0.06, 0.06),
-    "multiquery": (0.06, 0.06, 0.06),
-    "vt": (0.08, 0.08, 0.02),
-    "chains": (0.04, 0.05, 0.04),
-    "cwe": (0.05, 0.01, 0.0),
-    "fwe": (0.04, 0.01, 0.0),
-    "qa_1": (0.06, 0.02, 0.02),
+    "noise": (0.03, 0.03, 0.03),
+    "text": (0.06, 0.07, 0.08),
+    "text_uuids": (0.06, 0.07, 0.08),
+    "needles": (0.10, 0.12, 0.14),
+    "needles_uuids": (0.17, 0.20, 0.22),
+    "multivalue": (0.13, 0.13, 0.15),
+    "multiquery": (0.13, 0.13, 0.15),
+    "vt": (0.14, 0.14, 0.08),
+    "chains": (0.02, 0.03, 0.03),
+    "cwe": (0.04, 0.01, 0.0),
+    "fwe": (0.06, 0.03, 0.01),
+    "qa_1": (0.06, 0.04, 0.03),
 }
 FAMILIES = tuple(MIX)
 SINGLE = 0.3  # share of needle sequences up to 16K tokens with one question
-STRETCHED = 0.5  # share of sequences up to 32K tokens whose positions have gaps
+STRETCHED, MOST_STRETCHED = 0.5, 65536  # share of sequences whose positions have gaps, of those up to so many tokens
 FIRST_WEIGHT = 4.0  # of the first question, the only one that follows its context as in an evaluation
 
 
@@ -81,7 +82,7 @@ class Mixture:
                 sequences.append(self.sequence(family, length, rng, single))
             except ConfigError:  # below about 1K tokens some families have no smallest sample
                 sequences.append(self.sequence("text", length, rng, single))
-            gaps = length <= 32768 and rng.random() < STRETCHED
+            gaps = length <= MOST_STRETCHED and rng.random() < STRETCHED
             positions.append(stretched(length, sequences[-1].answers[0][0], rng) if gaps else np.arange(length))
         return collate(sequences, np.stack(positions), length, self.dialogue.eos)
 

@@ -1,13 +1,14 @@
 """How long the sequences of a step are, and how large its learning rate is, as functions of the share of the time that is spent.
 
-Time on one H100 (SmolLM2-135M, bf16, nothing recomputed but feed-forward layers at 128K), estimated: linear layers 4 us a token, causal
-attention of n tokens 3.5 * 34,560 * n^2 flop forward and backward at 300 TFLOP/s. With ``STEP_TOKENS`` tokens a step:
+Time on one H100 (SmolLM2-135M, bf16, nothing recomputed but feed-forward layers at 128K), a fit to measured steps: linear layers and the
+rest 3.5 us a token, causal attention of n tokens 3.5 * 34,560 * n^2 flop forward and backward at 425 TFLOP/s (cuDNN). With ``STEP_TOKENS``
+tokens a step:
 
-    length      4K    8K    16K   32K   64K   128K
-    rows        16    8     4     2     1     1
-    s a step    0.4   0.5   0.7   1.1   2.0   7.5
-    of 540 s    85 s  85 s  95 s  115 s 95 s  65 s    (by PHASES)
-    steps       215   170   135   100   47    9
+    length        4K    8K    16K   32K   64K   128K
+    rows          16    8     4     2     1     1
+    s, measured   0.29  0.40  0.55  0.84  1.44  5.5
+    s of 345      43    50    53    68    67    60    (by PHASES)
+    steps         144   124   96    80    46    11
 """
 
 import math
@@ -16,10 +17,10 @@ from dataclasses import dataclass, field
 STEP_TOKENS = 65536
 # (end of the phase as a share of all time, {tokens of a sequence: share of the phase's time})
 PHASES = (
-    (0.15, {4096: 0.6, 8192: 0.4}),
-    (0.35, {4096: 0.15, 8192: 0.25, 16384: 0.35, 32768: 0.25}),
-    (0.60, {4096: 0.06, 8192: 0.10, 16384: 0.22, 32768: 0.32, 65536: 0.30}),
-    (1.00, {4096: 0.06, 8192: 0.06, 16384: 0.12, 32768: 0.20, 65536: 0.26, 131072: 0.30}),
+    (0.10, {4096: 0.6, 8192: 0.4}),
+    (0.30, {4096: 0.15, 8192: 0.25, 16384: 0.35, 32768: 0.25}),
+    (0.55, {4096: 0.06, 8192: 0.14, 16384: 0.20, 32768: 0.30, 65536: 0.30}),
+    (1.00, {4096: 0.05, 8192: 0.05, 16384: 0.08, 32768: 0.16, 65536: 0.26, 131072: 0.40}),
 )
 WARMUP, FLOOR = 0.03, 0.03  # share of the time in which the rate rises; what is left of it at the end
 
@@ -34,7 +35,7 @@ def learning_rate(progress: float, peak: float) -> float:
 
 def seconds(length: int, rows: int) -> float:
     """Estimated time of a step on one H100 (see above)."""
-    return rows * (4e-6 * length + 3.5 * 34560 * length**2 / 3e14)
+    return rows * (3.5e-6 * length + 3.5 * 34560 * length**2 / 4.25e14)
 
 
 @dataclass

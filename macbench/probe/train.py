@@ -30,7 +30,7 @@ from macbench.probe.steps import update
 from macbench.probe.stream import Stream
 
 AHEAD = 8  # batches made before they are needed
-RESERVE = 6.0  # seconds kept for writing the adapter and the checkpoint
+RESERVE = 5.0  # seconds kept for writing the adapter and the checkpoint
 SAVE_EVERY = 120.0  # seconds between checkpoints
 
 

@@ -34,7 +34,7 @@ def test_each_length_gets_its_share_of_a_phase():
 
 def test_a_step_that_takes_too_long_is_not_chosen():
     lengths = Lengths()
-    assert all(lengths.next(0.9, left=1.5) <= 32768 for _ in range(50))
+    assert all(lengths.next(0.9, left=1.0) <= 32768 for _ in range(50))
     assert lengths.next(0.9, left=0.01) is None
     assert all(Lengths(longest=8192).next(0.9) <= 8192 for _ in range(50))
 

@@ -1,5 +1,6 @@
 """A whole training on a CPU, in small: it learns, it goes on where it stopped, and its adapter is what the harness loads."""
 
+import argparse
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from macbench.models import lora
 from macbench.probe import checkpoint, evaluate, train
-from macbench.probe.mixture import Mixture
+from macbench.probe.mixture import Mixture, collate
 from macbench.probe.network import Probe
 from macbench.probe.schedule import learning_rate
 from macbench.probe.stream import Stream
@@ -107,3 +108,21 @@ def test_wrong_input_gets_one_line(program, flags, said, tmp_path, capsys):
     code = program.main([flag.format(**files) for flag in flags] + (["--out", str(tmp_path / "out")] if program is train else []))
     error = capsys.readouterr().err
     assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_the_evaluation_counts_exact_answers(tmp_path, capsys, monkeypatch):
+    mixture = Mixture(real.chat(), background(tmp_path, held_out=True), evaluate.SEED)
+    probe = Probe(tiny_llama(), HEADER.rope_theta, torch.float32, rank=4)
+    args = evaluate.arguments(["--text", "-", "--families", "text", "cwe", "--sequences", "2"])
+    (row,) = evaluate.table(probe, mixture, [600], argparse.Namespace(**vars(args) | {"families": ["text"]}))
+    assert (row["first_right"], row["first"], row["all_right"]) == (0, 2, 0) and row["all"] >= 2
+
+    # A network that always knows: all answers count. Common words are not asked where they were not trained.
+    said = []
+    monkeypatch.setattr(evaluate, "collate", lambda *known: said.append(collate(*known)) or said[-1])
+    answers = lambda: torch.from_numpy(said[-1].ids[said[-1].rows, said[-1].columns]).long()  # noqa: E731
+    monkeypatch.setattr(probe, "logits", lambda hidden: torch.nn.functional.one_hot(answers(), 49152).float())
+    monkeypatch.setattr(evaluate, "LONG", 500)
+    (row,) = evaluate.table(probe, mixture, [600], args)
+    assert row["family"] == "text" and row["first_right"] == 2 and row["all_right"] == row["all"]
+    assert "600  text" in capsys.readouterr().out

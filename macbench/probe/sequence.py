@@ -29,17 +29,26 @@ class Dialogue:
     def __init__(self, chat: Chat):
         self.chat, self.head, self.tail = chat, chat.head, chat.tail
         self.bos = chat.encode(chat.head or "a")[: chat.bos_count]
-        self.eos = chat.tokenizer.eos_token_id
 
     @cached_property
-    def between(self) -> str:
-        """What stands between the end of an answer (its end-of-turn token not included) and the next question."""
+    def _closing(self) -> list[int]:
+        """Tokens between an answer and the next question. A tokenizer's own idea of its end-of-turn token may be another than its template's."""
         if not self.tail:
-            return "\n\n"
+            return [self.chat.tokenizer.eos_token_id, *self.chat.encode_piece("\n\n")]
         marks = [f"\x00{i}\x00" for i in range(3)]
         turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
         text = self.chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text.partition(marks[1])[2].partition(marks[2])[0].removeprefix(self.chat.tokenizer.eos_token)
+        return self.chat.encode_piece(text.partition(marks[1])[2].partition(marks[2])[0])
+
+    @property
+    def eos(self) -> int:
+        """The token that ends an answer."""
+        return self._closing[0]
+
+    @cached_property
+    def between(self) -> str:
+        """What stands between that token and the next question."""
+        return self.chat.tokenizer.decode(self._closing[1:])
 
     def encode(self, *texts: str) -> list[np.ndarray]:
         return [np.array(ids, np.int32) for ids in self.chat.encode_pieces(list(texts))]

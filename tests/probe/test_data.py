@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from macbench.models.chat import Chat
 from macbench.probe import regular
 from macbench.probe.mixture import FAMILIES, POSITIONS, Mixture, collate, stretched
 from macbench.probe.needles import KINDS
+from macbench.probe.sequence import Dialogue
 from macbench.tasks.ruler import Ruler
 from macbench.tasks.ruler.words import read_words
 from tests import real
@@ -204,3 +206,11 @@ def test_a_tokenizer_without_a_chat_template(mixture, tmp_path):
     sequence = bare.sequence("needles", 2048, np.random.default_rng(0))
     assert sequence.ids.tolist() == real.chat().encode(decode(sequence.ids))
     assert decode(sequence.ids).startswith("A special magic number is hidden")
+
+
+def test_an_answer_ends_as_the_chat_template_says():
+    tokenizer = deepcopy(real.chat().tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (Dialogue(Chat(tokenizer)).eos, Dialogue(Chat(tokenizer)).between) == (end, "\n<|im_start|>user\n")
+    tokenizer.eos_token = "<|im_start|>"  # so do some versions of transformers read this GGUF
+    assert (Dialogue(Chat(tokenizer)).eos, Dialogue(Chat(tokenizer)).between) == (end, "\n<|im_start|>user\n")

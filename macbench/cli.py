@@ -14,6 +14,9 @@ _HERE = Path(__file__).parent
 # In a wheel conf/ is installed inside the package; in a checkout it is its neighbour.
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
+# The model where ctx is beyond the default one's positions and no model is named.
+LONG_MODEL, DEFAULT_POSITIONS = "smollm2_128k", 8192
+
 
 def options(group: str) -> list[str]:
     """Names of the YAML files of a configuration group."""
@@ -30,8 +33,20 @@ def load_option(group: str, name: str):
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``."""
-    return ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
+    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``. A long ctx gets the model that serves it."""
+    argv = ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
+    return [*argv, f"model={LONG_MODEL}"] if _wants_long_model(argv) else argv
+
+
+def _wants_long_model(argv: list[str]) -> bool:
+    """Whether any ctx is beyond the default model, no model was chosen, and the adapter of the long one is installed."""
+    from macbench.models.lora import packaged
+
+    if any(a.startswith(("model=", "model.path=")) for a in argv):
+        return False
+    contexts = [n for a in argv if a.startswith("ctx=") for n in re.findall(r"\b\d+[kK]?\b(?!\.)", a)]
+    longest = max((parse_ctx(n) for n in contexts if int(n.rstrip("kK"))), default=0)
+    return longest > DEFAULT_POSITIONS and packaged(load_option("model", LONG_MODEL).adapter).is_file()
 
 
 def check(argv: list[str]) -> Path | None:

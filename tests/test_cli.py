@@ -71,7 +71,7 @@ def samples(tmp_path) -> pd.DataFrame:
     [
         (["ctx=12q"], ["ctx=12q", "4k"]),
         (["ctx=0"], ["ctx=0", "positive"]),
-        (["ctx=16k"], ["ctx=16k", "16384", "8192"]),
+        (["ctx=16k", "model=smollm2"], ["ctx=16k", "16384", "8192"]),
         (["ctx=40"], ["ctx=40"]),
         (["method=mcc"], ["method=mcc", "full, ", "did you mean mac?"]),
         (["method.tau=-1"], ["method.tau=-1", "at least 0"]),
@@ -88,7 +88,7 @@ def samples(tmp_path) -> pd.DataFrame:
         (["engine.page_size=0"], ["engine.page_size=0"]),
         (["model=random_llama31_8b"], ["model=random_llama31_8b", "task=decode alone"]),
         (["task=decode", "method=quest"], ["method=quest", "full, mac"]),
-        (["task=decode", "ctx=9k"], ["ctx=9216", "8192"]),
+        (["task=decode", "ctx=9k", "model=smollm2"], ["ctx=9216", "8192"]),
         (["task=decode", "batch=0"], ["batch=0"]),
         (["task=decode", "task.hit_rate=[real,0]"], ["task.hit_rate=real"]),
         (["batch=[1,2]"], ["batch=[1, 2]", "at least 1"]),

@@ -6,6 +6,7 @@ import torch
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
+from macbench.models import lora
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
 from macbench.models.trust import check_config, check_folder, check_size
@@ -85,12 +86,19 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     where, options = folder_or_id(spec), _revision(spec)
     check_folder(where)
     check_size(where, _config(spec))
+    adapter = lora.find(spec)
+    # An adapter is added before weights are rounded, and the configuration is the extended one.
+    first, extended = (torch.float32, {"config": _config(spec)}) if adapter else (dtype, {})
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
+            where, dtype=first, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **extended, **options
         )
     except Exception as error:  # whatever a foreign or damaged folder makes transformers, safetensors or json raise
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
+    if adapter:
+        factors, header = lora.read(adapter)
+        lora.merge(network, factors, header.scale, lambda said: ConfigError("model.adapter", adapter, said))
+        lora.round_weights(network, dtype)
     network = network.eval().requires_grad_(False).to(device)
     try:
         generation = GenerationConfig.from_pretrained(where, **options)
@@ -123,6 +131,8 @@ def _config(spec):
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
     check_config(where, config)
+    if adapter := lora.find(spec):
+        lora.extend(config, lora.read_header(adapter))
     return config
 
 

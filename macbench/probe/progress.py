@@ -1,0 +1,58 @@
+"""What a run says while it learns: a line of JSON a step, and a table now and then."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from macbench.probe.mixture import Batch
+
+EVERY = 20.0  # seconds between tables
+
+
+class Report:
+    """Counts exact answers by length and family since the last table; ``first`` questions are asked as in an evaluation."""
+
+    def __init__(self, path: Path, families: tuple[str, ...], append: bool):
+        self.file, self.families, self.shown, self.begun = path.open("a" if append else "w"), families, monotonic(), monotonic()
+        self.clear()
+
+    def clear(self) -> None:
+        self.answers: dict = defaultdict(lambda: [0, 0, 0, 0])  # (length, family): first right, first, all right, all
+        self.steps: dict = defaultdict(lambda: [0, 0.0, 0.0])  # length: steps, seconds, loss
+
+    def step(self, batch: Batch, right, **line) -> None:
+        for i, (first, family) in enumerate(zip(batch.first.tolist(), batch.family.tolist(), strict=True)):
+            counts = self.answers[line["length"], self.families[family]]
+            counts[0] += int(first and right[i])
+            counts[1] += int(first)
+            counts[2] += int(right[i])
+            counts[3] += 1
+        totals = self.steps[line["length"]]
+        totals[0], totals[1], totals[2] = totals[0] + 1, totals[1] + line["seconds"], totals[2] + line["loss"]
+        line["exact"] = round(float(right.mean()), 4)
+        self.last = line
+        print(json.dumps({key: round(x, 7) if isinstance(x, float) else x for key, x in line.items()}), file=self.file)
+        if monotonic() - self.shown > EVERY:
+            self.show()
+
+    def show(self) -> None:
+        if not self.steps:
+            return
+        peak = f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+        at = self.last
+        print(f"{monotonic() - self.begun:6.0f} s  step {at['step']}  progress {at['progress']:.2f}  norm {at['norm']:.2f}{peak}")
+        for length, (steps, seconds, loss) in sorted(self.steps.items()):
+            found = [(family, counts) for (n, family), counts in sorted(self.answers.items()) if n == length]
+            exact = "  ".join(f"{family} {c[0]}/{c[1]} {c[2] / c[3]:.2f}" for family, c in found)
+            print(f"  {length:6d}  {steps:3d} x {seconds / steps:5.2f} s  loss {loss / steps:.3f}  {exact}")
+        self.file.flush()
+        print(end="", flush=True)
+        self.shown = monotonic()
+        self.clear()
+
+    def close(self) -> None:
+        self.show()
+        self.file.close()

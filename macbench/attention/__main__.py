@@ -1,6 +1,8 @@
-"""The attention benchmark without Hydra: arguments of ``measure`` as JSON (one object, or several in a list), or the name of a preset.
+"""The attention benchmark without Hydra: arguments of ``measure`` as JSON (one object, or several in a list), or the name of a preset;
+``methods`` measures a step of every method instead (arguments of ``methods.measure`` as JSON after it).
 
 python -m macbench.attention '{"heads": ["32/8"], "batch": [1, 16], "ctx": [32768]}' [FILE.parquet]
+python -m macbench.attention methods runs/reference/h100/attention/methods.parquet
 python -m macbench.attention reach runs/reference/h100/attention/reach.parquet
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 
 from macbench import environment
-from macbench.attention import table
+from macbench.attention import methods, table
 from macbench.attention.bench import NoGPU, compare, measure
 
 _PEERS = ["flashinfer", "flashinfer_tc", "triton"]
@@ -41,7 +43,19 @@ def facts(device: str, module: str = "macbench.attention") -> dict:
     return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
 
 
+def steps(argv: list[str]) -> int:
+    """A step of every method. ``argv``: a file, a JSON object, both or none."""
+    knobs = json.loads(next((a for a in argv if a.startswith("{")), "{}"))
+    print(methods.HEADER, flush=True)
+    rows = methods.measure(**knobs, say=lambda row: print(methods.line(row), flush=True))
+    for target in (a for a in argv if not a.startswith("{")):
+        table.write(rows, Path(target), facts(knobs.get("device", "cuda")), methods.SCHEMA)
+    return 0
+
+
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["methods"]:
+        return steps(argv[1:])
     configs = PRESETS[argv[0]] if argv and argv[0] in PRESETS else json.loads(argv[0]) if argv else {}
     rows: list[dict] = []
     print(table.HEADER, flush=True)

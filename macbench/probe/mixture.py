@@ -7,7 +7,7 @@ import numpy as np
 from macbench.errors import ConfigError
 from macbench.models.chat import Chat
 from macbench.probe import chains
-from macbench.probe.needles import KINDS, Needles
+from macbench.probe.needles import KINDS, NeedleSequences
 from macbench.probe.official import Official
 from macbench.probe.sequence import Dialogue, Sequence
 from macbench.probe.text import Background
@@ -60,7 +60,7 @@ class Mixture:
         self.dialogue = Dialogue(chat)
         self.seed = seed
         self.text = text
-        self._needles, self._official = Needles(self.dialogue, text), Official(self.dialogue, text, f"probe {seed}")
+        self._needles, self._official = NeedleSequences(self.dialogue, text), Official(self.dialogue, text, f"probe {seed}")
 
     def sequence(self, family: str, length: int, rng: np.random.Generator, single: bool = False) -> Sequence:
         """At most ``length`` tokens of a family. ``single``: one question only."""

@@ -4,41 +4,31 @@ Prompts are RULER's own (macbench.tasks.ruler.protocol); keys, values and texts 
 """
 
 import uuid
-from dataclasses import dataclass
 
 import numpy as np
 
 from macbench.probe.sequence import Dialogue, Sequence, Span, shifted
 from macbench.probe.text import Background
 from macbench.tasks.ruler import protocol
+from macbench.tasks.ruler.niah import wording
+from macbench.tasks.ruler.protocol import Needles
 
-
-@dataclass(frozen=True)
-class Kind:
-    """``haystack``: text, noise or needles. ``key``: words or uuids. ``value``: numbers or uuids. v values a key, q keys a question."""
-
-    haystack: str
-    key: str = "words"
-    value: str = "numbers"
-    v: int = 1
-    q: int = 1
-
-
+# Haystack, kinds of keys and values, v values a key, q keys a question; how many keys there are depends on the sequence.
 KINDS = {
-    "noise": Kind("noise"),
-    "text": Kind("text"),
-    "text_uuids": Kind("text", value="uuids"),
-    "needles": Kind("needles"),
-    "needles_uuids": Kind("needles", key="uuids", value="uuids"),
-    "multivalue": Kind("text", v=4),
-    "multiquery": Kind("text", q=4),
+    "noise": Needles("noise"),
+    "text": Needles("essay"),
+    "text_uuids": Needles("essay", value="uuids"),
+    "needles": Needles("needle"),
+    "needles_uuids": Needles("needle", key="uuids", value="uuids"),
+    "multivalue": Needles("essay", v=4),
+    "multiquery": Needles("essay", q=4),
 }
 _FIRSTS = 900  # first words of keys in one sequence, about as many as RULER has adjectives: other keys then share a key's first word
 QUESTION_SHARE, MOST_QUESTIONS = 0.25, 96  # of a sequence's tokens, and in number
 
 
-class Needles:
-    """Makes sequences of one ``Kind`` with exactly ``length`` tokens or up to one unit of haystack fewer."""
+class NeedleSequences:
+    """Makes sequences of one of ``KINDS`` with exactly ``length`` tokens or up to one unit of haystack fewer."""
 
     def __init__(self, dialogue: Dialogue, text: Background):
         self.dialogue, self.text = dialogue, text
@@ -50,7 +40,7 @@ class Needles:
         most = 1 if single else max(min(int(QUESTION_SHARE * length) // _turn_tokens(kind), MOST_QUESTIONS), 1)
         # Long sequences are dear, so they are asked all that they can be.
         count = kind.q * (most if length >= 32768 else int(rng.integers(1, most + 1)))
-        others = int(rng.integers(0, 4)) if kind.haystack == "text" else 0  # multikey_1 hides three that nobody asks for
+        others = int(rng.integers(0, 4)) if kind.haystack == "essay" else 0  # multikey_1 hides three that nobody asks for
         keys = self._keys(kind, rng, count + others, key_words)
         values = {key: [self._value(kind, rng) for _ in range(kind.v)] for key in keys}
         needles = [(key, value) for key in keys for value in values[key]]
@@ -59,19 +49,8 @@ class Needles:
         questions = self._questions(kind, asked, needles)
         return self._assemble(name, kind, length, rng, needles, asked, questions, key_words)
 
-    def _wording(self, kind: Kind) -> tuple[str, str, str]:
-        """Text before the context, question and answer prefix, {query} still open; singular where there is one needle to find."""
-        texts, value = [protocol.NIAH.template, protocol.NIAH.answer_prefix], kind.value
-        if kind.q * kind.v == 1:
-            for old, new in protocol.SINGULAR:
-                texts = [text.replace(old, new) for text in texts]
-            value = value[:-1]
-        template, prefix = (text.replace("{type_needle_v}", value) for text in texts)
-        before, after = template.split("{context}")
-        return before, after, prefix
-
-    def _questions(self, kind: Kind, asked: list[list[str]], needles: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        _, after, prefix = self._wording(kind)
+    def _questions(self, kind: Needles, asked: list[list[str]], needles: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        _, after, prefix = wording(kind)
         turns = []
         for i, keys in enumerate(asked):
             query = listed(keys)
@@ -83,9 +62,9 @@ class Needles:
 
     def _assemble(self, name, kind, length, rng, needles, asked, questions, key_words) -> Sequence:
         dialogue = self.dialogue
-        before = self._wording(kind)[0]
+        before = wording(kind)[0]
         lines = [needle_text(kind, key, value) for key, value in needles]
-        space, end = (" ", "") if kind.haystack == "text" else ("", "\n")
+        space, end = (" ", "") if kind.haystack == "essay" else ("", "\n")
         encoded = dialogue.encode(dialogue.head + before, *(f"{space}{line}{end}" for line in lines))
         head, hidden = np.concatenate([np.array(dialogue.bos, np.int32), encoded[0]]), encoded[1:]
         # In lines the last newline belongs to the haystack, in text it opens the question.
@@ -94,7 +73,7 @@ class Needles:
         parts, answers = dialogue.turns(questions)
         room = length - len(head) - sum(map(len, hidden)) - sum(map(len, parts))
         filler = self._filler(kind, rng, room, key_words, {key for key, _ in needles})
-        places = np.sort(rng.integers(1 if kind.haystack == "text" else 0, len(filler) + 1, len(hidden)))
+        places = np.sort(rng.integers(1 if kind.haystack == "essay" else 0, len(filler) + 1, len(hidden)))
         context, spans, last = [head], {}, 0
         at = len(head)
         for (key, _), ids, place in zip(needles, hidden, places.tolist(), strict=True):
@@ -108,9 +87,9 @@ class Needles:
         evidence: list[list[Span]] = [[span for key in keys for span in spans[key]] for keys in asked]
         return Sequence(name, np.concatenate([*context, *parts]), shifted(answers, at), evidence)
 
-    def _filler(self, kind: Kind, rng: np.random.Generator, room: int, key_words: list[list[str]], taken: set[str]) -> list[np.ndarray]:
+    def _filler(self, kind: Needles, rng: np.random.Generator, room: int, key_words: list[list[str]], taken: set[str]) -> list[np.ndarray]:
         """Units of haystack with at most ``room`` tokens."""
-        if kind.haystack == "text":
+        if kind.haystack == "essay":
             first, last = self.text.passage(rng, max(room - 8, 0))
             # RULER's context does not begin with a space.
             opening = self.dialogue.encode(self.text.sentences[first])[0]
@@ -133,7 +112,7 @@ class Needles:
         words = self.text.words
         return [[words[i] for i in rng.choice(len(words), min(_FIRSTS, len(words)), replace=False)], words]
 
-    def _keys(self, kind: Kind, rng: np.random.Generator, n: int, key_words: list[list[str]], taken: set[str] = frozenset()) -> list[str]:
+    def _keys(self, kind: Needles, rng: np.random.Generator, n: int, key_words: list[list[str]], taken: set[str] = frozenset()) -> list[str]:
         if kind.key == "uuids":
             return [random_uuid(rng) for _ in range(n)]
         found: dict[str, None] = {}
@@ -143,18 +122,18 @@ class Needles:
             found.update(dict.fromkeys(key for a, b in pairs if (key := f"{first[a]}-{second[b]}") not in taken))
         return list(found)[:n]
 
-    def _value(self, kind: Kind, rng: np.random.Generator) -> str:
+    def _value(self, kind: Needles, rng: np.random.Generator) -> str:
         return random_uuid(rng) if kind.value == "uuids" else str(rng.integers(10**6, 10**7))
 
 
-def _turn_tokens(kind: Kind) -> int:
+def _turn_tokens(kind: Needles) -> int:
     """About how many tokens a question and its answer take, and what they add to the context."""
     key, value = (33 if kind.key == "uuids" else 6), (34 if kind.value == "uuids" else 9)
-    hidden = 0 if kind.haystack == "needles" else kind.q * kind.v * (12 + key + value)
+    hidden = 0 if kind.haystack == "needle" else kind.q * kind.v * (12 + key + value)
     return 36 + kind.q * (2 * key + kind.v * value) + hidden
 
 
-def needle_text(kind: Kind, key: str, value: str) -> str:
+def needle_text(kind: Needles, key: str, value: str) -> str:
     return protocol.NEEDLE.format(type_needle_v=kind.value, key=key, value=value)
 
 

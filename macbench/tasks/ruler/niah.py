@@ -11,6 +11,22 @@ from macbench.tasks.ruler.rng import Rng
 from macbench.tasks.ruler.uuids import random_uuid
 
 
+def wording(task: protocol.Needles) -> tuple[str, str, str]:
+    """Task text before and after the context, and the answer prefix, all with {query} still open.
+
+    The official generator makes the *whole* prompt singular, and with it a model's system prompt: "You are" becomes "You is".
+    Here only the words of the task change, and the chat template stays as its authors wrote it.
+    """
+    texts, value = [protocol.NIAH.template, protocol.NIAH.answer_prefix], task.value
+    if task.q * task.v == 1:
+        for old, new in protocol.SINGULAR:
+            texts = [text.replace(old, new) for text in texts]
+        value = value[:-1]
+    template, prefix = (text.replace("{type_needle_v}", value) for text in texts)
+    before, after = template.split("{context}")
+    return before, after, prefix
+
+
 class Niah(Generator):
     """One needle task, as niah.py makes it: needles of random keys and values, one question about some of the keys."""
 
@@ -20,22 +36,7 @@ class Niah(Generator):
         if task.haystack == "needle":
             cuts = cuts | ({"uuid"} if task.key == "uuids" else {"hyphen", "digits"})
         super().__init__(name, kit, cuts)
-        self.before, self.after, self.prefix = self._wording()
-
-    def _wording(self) -> tuple[str, str, str]:
-        """Task text before and after the context, and the answer prefix, all with {query} still open.
-
-        The official generator makes the *whole* prompt singular, and with it a model's system prompt: "You are" becomes "You is".
-        Here only the words of the task change, and the chat template stays as its authors wrote it.
-        """
-        texts, value = [self.wording.template, self.wording.answer_prefix], self.task.value
-        if self.task.q * self.task.v == 1:
-            for old, new in protocol.SINGULAR:
-                texts = [text.replace(old, new) for text in texts]
-            value = value[:-1]
-        template, prefix = (text.replace("{type_needle_v}", value) for text in texts)
-        before, after = template.split("{context}")
-        return before, after, prefix
+        self.before, self.after, self.prefix = wording(task)
 
     def load(self) -> None:
         if self.task.key == "words":

@@ -107,9 +107,8 @@ def _band_ahead(
     known = known & (key >= 0)
     page_id = tl.load(table_ptr + request * table_stride + key // page, mask=known, other=0, cache_modifier=".cg").to(tl.int64)
     at = kv_head * head_stride.to(tl.int64) + (page_id * page + key % page) * dim + channel
-    nothing = lengths_ptr.to(tl.pointer_type(k_ptr.dtype.element_ty))
-    prefetch(tl.where(known, k_ptr + at, nothing))
-    prefetch(tl.where(known, v_ptr + at, nothing))
+    prefetch(k_ptr + at, known)
+    prefetch(v_ptr + at, known)
 
 
 @triton.jit

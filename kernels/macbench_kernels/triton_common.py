@@ -99,9 +99,15 @@ def follow(EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointer):
-    """Bring the cache lines of a tensor of pointers into L2. A hint: nothing is read into registers, and writes by others are not missed."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+def prefetch(pointer, wanted):
+    """Bring the cache lines of a tensor of pointers into L2, where ``wanted``: a hint, by which no write of another program is missed.
+
+    Others issue nothing: thousands of requests for one line would wait for each other.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

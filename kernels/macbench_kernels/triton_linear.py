@@ -46,9 +46,9 @@ def _linear(
         # Weights depend on no earlier launch: their first lines come from memory while the predecessor is still at work.
         line: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
         at = tl.arange(0, AHEAD)[None, :] * line
-        prefetch(tl.where(known[:, None] & (at < K), weights + at, weights))
+        prefetch(weights + at, known[:, None] & (at < K))
         if GATED:
-            prefetch(tl.where(known[:, None] & (at < K), weights + lift + at, weights))
+            prefetch(weights + lift + at, known[:, None] & (at < K))
     follow(EARLY)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     up = tl.zeros([BLOCK_N, ROWS], tl.float32)

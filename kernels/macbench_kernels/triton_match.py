@@ -49,10 +49,9 @@ def _scan(
         needed = (first < tl.minimum(tl.minimum(past, capacity), (split + 1) * share)) & (past + 1 >= min_context)
         line: tl.constexpr = LINE_BYTES // (ring_ptr.dtype.element_ty.primitive_bitwidth // 8)
         at = tl.arange(0, (DIM + line - 1) // line) * line
-        nothing = q_ptr + row * dim
-        rows_ahead = ring_ptr + (row.to(tl.int64) * capacity + first)[:, None] * dim + at[None, :]
-        prefetch(tl.where(needed[:, None] & (at < dim)[None, :], rows_ahead, nothing))
-        prefetch(tl.where(needed, lse_ptr + row.to(tl.int64) * capacity + first, nothing.to(tl.pointer_type(tl.float32))))
+        ahead = row.to(tl.int64) * capacity + first
+        prefetch(ring_ptr + ahead[:, None] * dim + at[None, :], needed[:, None] & (at < dim)[None, :])
+        prefetch(lse_ptr + ahead, needed & (first % (LINE_BYTES // 4) == 0))
     follow(EARLY)
     position = tl.load(position_ptr + row // heads) + shift
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)

@@ -10,28 +10,13 @@ import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
 from macbench_kernels.state import State
-from macbench_kernels.triton_common import (
-    LINE_BYTES,
-    LN2,
-    LOG2E,
-    check,
-    dependent_launch,
-    finish,
-    follow,
-    launch_options,
-    launchable,
-    on_device,
-    prefetch,
-    processors,
-)
+from macbench_kernels.triton_common import LN2, LOG2E, check, dependent_launch, finish, follow, launch_options, launchable, on_device, processors
 from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent, tiles
 
 # Packed matches or bounds that a program of the persistent kernel looks at together.
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
 _MANY_UNITS, _VERY_MANY_UNITS = 32, 256
-# Up to this many, programs find a place while the scan is still at work, and can do something useful before it ends.
-_FEW_UNITS = 64
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -91,41 +76,18 @@ def _place(item, count, items, passed, begin, end, before_ptr):
 
 
 @triton.jit
-def _band_ahead(
-    k_ptr, v_ptr, table_ptr, lengths_ptr, batch, table_stride, head_stride, band,
-    kv_heads: tl.constexpr, dim: tl.constexpr, page: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """Whatever matches, the band is read: its K and V come into L2 while the scan is at work, as far as one line per thread goes."""
-    line: tl.constexpr = LINE_BYTES // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    lines: tl.constexpr = (DIM + line - 1) // line
-    index = tl.program_id(0) * 128 + tl.arange(0, 128)
-    channel, key, unit = index % lines * line, index // lines % band, index // (lines * band)
-    request, kv_head = unit // kv_heads, unit % kv_heads
-    known = (unit < batch * kv_heads) & (channel < dim)
-    # A length that the predecessor still changes only moves this hint.
-    key += tl.load(lengths_ptr + request, mask=known, other=0, cache_modifier=".cg") - band
-    known = known & (key >= 0)
-    page_id = tl.load(table_ptr + request * table_stride + key // page, mask=known, other=0, cache_modifier=".cg").to(tl.int64)
-    at = kv_head * head_stride.to(tl.int64) + (page_id * page + key % page) * dim + channel
-    prefetch(k_ptr + at, known)
-    prefetch(v_ptr + at, known)
-
-
-@triton.jit
 def _attend_shares(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, spans_ptr, keys_ptr, part_ptr, part_lse_ptr, before_ptr, scale,
     batch, items, table_stride, head_stride, radius, band, sink,
     heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
     COUNT: tl.constexpr, SIDES: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of all tiles. before [items + 1] gets the number of tiles before each item; part [pieces, SIDES * group, dim]."""
+    follow(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     kv_heads: tl.constexpr = heads // group
-    if AHEAD:
-        _band_ahead(k_ptr, v_ptr, table_ptr, lengths_ptr, batch, table_stride, head_stride, band, kv_heads=kv_heads, dim=dim, page=page, DIM=DIM)
-    follow(EARLY)
     lane = tl.arange(0, CHUNK)
     count = tiles(
         lane, items, lengths_ptr, spans_ptr, keys_ptr, batch, radius, band, sink,
@@ -321,8 +283,7 @@ class Pieces:
             COUNT=count, SIDES=sides, SOURCE=source.value, SPLITS=1 if keys is None else keys.shape[0],
             COLUMNS=max(16, triton.next_power_of_2(self.columns)), HEADS=wide, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"],
             CHUNK=chunk, CHUNKS=triton.cdiv(self.items, chunk), STAGES=knobs["stages"],
-            EARLY=early, AHEAD=early and source.value == MAC.value and batch * kv_heads <= _FEW_UNITS,
-            num_warps=knobs["warps"], **launch_options(early),
+            EARLY=early, num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
 
     def merging(self, rows: int) -> tuple[int, dict]:

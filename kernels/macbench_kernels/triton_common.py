@@ -17,7 +17,6 @@ MAX_GROUP = 64
 # What the interpreter pretends to have: few, so that shares stay long enough to be interesting in small tests.
 _INTERPRETED_PROCESSORS = 3
 
-LINE_BYTES: tl.constexpr = tl.constexpr(128)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -96,18 +95,6 @@ def follow(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(pointer, wanted):
-    """Bring the cache lines of a tensor of pointers into L2, where ``wanted``: a hint, by which no write of another program is missed.
-
-    Others issue nothing: thousands of requests for one line would wait for each other.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [pointer.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit

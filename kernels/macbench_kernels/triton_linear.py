@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.dispatch import UnsupportedError
-from macbench_kernels.triton_common import DTYPES, LINE_BYTES, dependent_launch, follow, launch_options, on_device, prefetch, processors
+from macbench_kernels.triton_common import DTYPES, dependent_launch, follow, launch_options, on_device, processors
 
 MAX_ROWS = 16
 # Partial sums of squares that a reader looks at together, at most.
 _MAX_PARTS = 1024
+_LINE_BYTES: tl.constexpr = tl.constexpr(128)
 
 
 class Scaled(NamedTuple):
@@ -44,11 +45,13 @@ def _linear(
     lift = n.to(tl.int64) * K
     if AHEAD > 0:
         # Weights depend on no earlier launch: their first lines come from memory while the predecessor is still at work.
-        line: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        line: tl.constexpr = _LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
         at = tl.arange(0, AHEAD)[None, :] * line
-        prefetch(weights + at, known[:, None] & (at < K))
+        first = tl.where(known[:, None] & (at < K), weights + at, weights).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first], dtype=tl.int32, is_pure=False, pack=1)
         if GATED:
-            prefetch(weights + lift + at, known[:, None] & (at < K))
+            second = tl.where(known[:, None] & (at < K), weights + lift + at, weights).to(tl.int64)
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [second], dtype=tl.int32, is_pure=False, pack=1)
     follow(EARLY)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     up = tl.zeros([BLOCK_N, ROWS], tl.float32)

@@ -12,24 +12,12 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.ring import Match, Ring
-from macbench_kernels.triton_common import (
-    LINE_BYTES,
-    check_ring,
-    dependent_launch,
-    follow,
-    launch_options,
-    launchable,
-    on_device,
-    prefetch,
-    processors,
-)
+from macbench_kernels.triton_common import check_ring, dependent_launch, follow, launch_options, launchable, on_device, processors
 
 BLOCK_ROWS = 64
 # Rows of a head are split until there are about this many programs per multiprocessor.
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 8
-# Heads of all requests up to which lines are fetched ahead: with more of them the memory is busy anyway.
-_FEW_ROWS = 256
 NOTHING: tl.constexpr = tl.constexpr(0x7F800000 << 32)  # infinitely far, row 0, empty
 
 
@@ -37,21 +25,11 @@ NOTHING: tl.constexpr = tl.constexpr(0x7F800000 << 32)  # infinitely far, row 0,
 def _scan(
     q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr, found_ptr,
     shift, radius, oldest, max_chain, min_context, heads, capacity, share,
-    dim: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    dim: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
-    if AHEAD:
-        # All rows but the newest are older than the predecessor. A position that it still changes only makes this hint a row too short.
-        past = tl.load(position_ptr + row // heads, cache_modifier=".cg") + shift
-        first = split * share + tl.arange(0, BLOCK)
-        needed = (first < tl.minimum(tl.minimum(past, capacity), (split + 1) * share)) & (past + 1 >= min_context)
-        line: tl.constexpr = LINE_BYTES // (ring_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        at = tl.arange(0, (DIM + line - 1) // line) * line
-        ahead = row.to(tl.int64) * capacity + first
-        prefetch(ring_ptr + ahead[:, None] * dim + at[None, :], needed[:, None] & (at < dim)[None, :])
-        prefetch(lse_ptr + ahead, needed & (first % (LINE_BYTES // 4) == 0))
     follow(EARLY)
     position = tl.load(position_ptr + row // heads) + shift
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
@@ -157,8 +135,7 @@ def scan(
     _scan[(batch * heads, splits)](
         q, ring.q, ring.lse, ring.depth, position, keys, found,
         shift, radius, max(oldest, 0), 0 if max_chain is None else max_chain, min_context, heads, ring.capacity, share,
-        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, AHEAD=early and batch * heads <= _FEW_ROWS,
-        num_warps=4, **launch_options(early),
+        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, num_warps=4, **launch_options(early),
     )  # fmt: skip
     return keys, found
 

@@ -112,7 +112,7 @@ def _parse(argv: list[str]) -> tuple[list[str], str, Path | None, list[str], boo
     chosen = own["experiment"].split(",")
     for name in chosen:
         choose("experiment", name, [*names, EVERY])
-    data = Path(own["data"]).resolve() if "data" in own else None
+    data = Path(own["data"]) if "data" in own else None
     if data and not data.is_dir():
         raise ConfigError("data", data, "must be a folder with a folder per task: ruler, longbench_v2, longgenbench")
     return names if EVERY in chosen else chosen, own["scale"], data, rest, "--dry-run" in argv

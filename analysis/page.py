@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from analysis import style
@@ -20,9 +21,10 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
 a { color: #0060a0; }
-figure { margin: 0; } img { width: 100%; min-width: 40rem; height: auto; }
+figure { margin: 0; } img { width: 100%; height: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #555; }
+th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #555; white-space: normal; vertical-align: bottom; }
 .caption { font-size: .85rem; color: #444; } .lack { background: #fff4e0; padding: .4rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }
 details { margin: .4rem 0; } pre { overflow-x: auto; font-size: .75rem; background: #f5f5f5; padding: .5rem; } li { overflow-wrap: anywhere; }
 """
@@ -62,11 +64,19 @@ def _item(drawn: Drawn) -> str:
         return f'{head}<p class="lack">missing: {html.escape(drawn.lack)}</p>'
     if drawn.frame is not None:
         return f'{head}<div class="scroll">{_table(drawn.frame)}</div><p class="caption">{html.escape(drawn.caption)}</p>'
-    data = base64.b64encode(drawn.picture.read_bytes()).decode()
+    picture = drawn.picture.read_bytes()
+    data, wide = base64.b64encode(picture).decode(), _rem(picture)
     return (
-        f'{head}<figure><div class="scroll"><img alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></div>'
+        f'{head}<figure><div class="scroll"><img style="max-width:{wide}rem; min-width:{min(40, wide)}rem" '
+        f'alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></div>'
         f'<figcaption class="caption">{html.escape(drawn.caption)}</figcaption></figure>'
     )
+
+
+def _rem(png: bytes) -> int:
+    """Width at which a figure of a page's width fills the text: from the PNG's header."""
+    pixels = int.from_bytes(png[16:20], "big")
+    return round(60 * pixels / (style.WIDTH * plt.rcParams["savefig.dpi"]))
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -12,11 +12,27 @@ import pyarrow.parquet as pq
 
 from analysis.load import run_folders, samples
 from macbench.errors import ConfigError, one_line
-from macbench.records import SCHEMAS, read_table
+from macbench.records import KEY, read_table
 from macbench.summary import headline, summarise
 
-# Columns of sample rows that came later than some recorded runs, or that nothing here needs.
-_OPTIONAL = {"setup_s", "meta", "text", "reference", "first_divergence", "finish_reason", "new_tokens", "tpot_ms"}
+# What figures and summaries take from sample rows. Other columns may be younger than a recorded run.
+_COUNTS = ["tokens_log", "tokens_phys", "tokens_log_full", "tokens_phys_full"]
+_COUNTS += [f"bytes_{category}" for category in ("kv", "meta", "state", "idx", "write", "maint", "full")]
+NEEDED = [
+    *KEY,
+    "task",
+    "ctx",
+    "decode_steps",
+    "score",
+    "prefill_s",
+    "decode_s",
+    *_COUNTS,
+    "rho_bytes",
+    "hit_rate",
+    "top1_agreement",
+    "kl_mean",
+    "error",
+]
 
 
 class Missing(Exception):
@@ -143,7 +159,7 @@ class Records:
         return self._summaries[run]
 
     def _summarised(self, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        self.table(run, "samples", set(SCHEMAS["samples"].names) - _OPTIONAL)
+        self.table(run, "samples", NEEDED)
         try:
             frame = samples(run)
             rows = json.loads((run / "summary.json").read_text())

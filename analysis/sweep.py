@@ -73,8 +73,9 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
     for axes in panels[-1]:
         axes.set_xlabel("window K")
     first = table.iloc[0]
-    half = np.nanmax((table.difference_high - table.difference_low) / 2)
+    half = ((table.difference_high - table.difference_low) / 2).max()
+    spread = "One example per subtask gives no interval." if np.isnan(half) else f"Paired 95% intervals of the differences reach up to ±{half:.3f}."
     task, model, ctx = run.parts[-4:-1]
     what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples per variant"
-    text = f"{style.made([records.source(run)], what)} Paired 95% intervals of the differences reach up to ±{half:.3f}."
+    text = f"{style.made([records.source(run)], what)} {spread}"
     return style.save(figure, out, f"{NAME}-{task}-{model}-{ctx}-{run.name}", TITLE, text, "")

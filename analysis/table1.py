@@ -19,6 +19,7 @@ PAPERS = [
     for model in ("Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B", "Mistral-7B")
     for benchmark in ("RULER 120K", "LongBench v2", "LongGenBench 16K")
 ]
+_OF_MAC = ["difference", "difference_low", "difference_high", "wins", "losses", "hit_rate", "rho_log", "rho_phys", "rho_bytes"]
 WHY = "weights need an account or a hub; +experiment=table1 scale=paper runs them"
 
 
@@ -42,7 +43,7 @@ def compared(records: Records) -> tuple[pd.DataFrame, list[Source], list[str]]:
         full, mac = (both[both.method == m].iloc[0] for m in (REFERENCE, "mac"))
         row = {"model": model, "task": task, "ctx": ctx, "examples": int(mac.examples), "steps": int(mac.steps), "device": source.device}
         row |= {"full": full.score, "full_se": full.score_se, "mac": mac.score, "mac_se": mac.score_se}
-        rows.append(row | {k: mac[k] for k in ("difference", "difference_low", "difference_high", "hit_rate", "rho_log", "rho_phys", "rho_bytes")})
+        rows.append(row | mac[_OF_MAC].to_dict())
     return pd.DataFrame(rows), [source for _, _, source in found.values()], lacks
 
 
@@ -55,6 +56,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 
     for r in found.itertuples():
         interval = "" if pd.isna(r.difference_low) else f" [{r.difference_low:+.3f}, {r.difference_high:+.3f}]"
+        interval = interval if r.wins + r.losses else ", none differs"  # an interval without width would say too much
         row = {"model": r.model, "benchmark": f"{r.task} {style.tokens(r.ctx)}", "n": str(r.examples), "full": score(r.full, r.full_se)}
         row |= {"MAC": score(r.mac, r.mac_se), "difference [95%]": f"{r.difference:+.3f}{interval}", "hit rate": f"{r.hit_rate:.3f}"}
         saved = {

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from macbench import cli, plan
-from macbench.errors import ConfigError, choose
+from macbench import cli, interrupt, plan
+from macbench.errors import ConfigError, choose, one_line
 
 SCALES = ("cpu", "gpu", "paper")
 EVERY = "all"  # every preset, one after the other
@@ -59,6 +60,7 @@ def configuration(overrides: list[str]) -> DictConfig:
 def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
     """Run, or with --dry-run list, the commands of a preset. Returns the exit code, the worst of all commands'."""
     names, scale, data, rest, dry = _parse(argv)
+    interrupt.raise_again()
     worst, seen = 0, set()
     for name in names:
         found = jobs(name, scale)
@@ -83,6 +85,12 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
             except ConfigError as error:
                 print(f"macbench: {error}", file=sys.stderr)
                 worst = 2
+            except OmegaConfBaseException as error:
+                print(f"macbench: {ConfigError('configuration', error.full_key or '', one_line(error))}", file=sys.stderr)
+                worst = 2
+            except KeyboardInterrupt:
+                print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
+                return 130
     return worst
 
 
@@ -104,7 +112,7 @@ def _parse(argv: list[str]) -> tuple[list[str], str, Path | None, list[str], boo
     chosen = own["experiment"].split(",")
     for name in chosen:
         choose("experiment", name, [*names, EVERY])
-    data = Path(own["data"]).resolve() if "data" in own else None
+    data = Path(own["data"]) if "data" in own else None
     if data and not data.is_dir():
         raise ConfigError("data", data, "must be a folder with a folder per task: ruler, longbench_v2, longgenbench")
     return names if EVERY in chosen else chosen, own["scale"], data, rest, "--dry-run" in argv

@@ -90,6 +90,14 @@ def test_a_preset_runs_every_command_and_goes_on_after_a_mistake(capsys):
     assert "task.data_path=x" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_the_whole_preset(capsys):
+    def stopped(cfg):
+        raise KeyboardInterrupt
+
+    assert experiment.main(["+experiment=table1", "scale=cpu"], stopped) == 130
+    assert capsys.readouterr().err.count("interrupted") == 1
+
+
 def test_a_trace_refuses_what_it_cannot_do(tmp_path):
     for override, key in (
         ("method=quest", "method"),

@@ -6,6 +6,7 @@ import torch
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
+from macbench.models import placement
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
 from macbench.models.trust import check_config, check_folder, check_size
@@ -74,8 +75,11 @@ def planned_shape(spec, dtype: torch.dtype, device: str, max_tokens: int) -> Sha
     )
 
 
-def load(spec, device: str, chat: Chat) -> LoadedModel:
-    """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
+def load(spec, device: str, chat: Chat, cache_bytes: int = 0) -> LoadedModel:
+    """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code.
+
+    ``cache_bytes``: GPU memory that ``model.device_map`` leaves free for the KV cache.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -85,13 +89,15 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     where, options = folder_or_id(spec), _revision(spec)
     check_folder(where)
     check_size(where, _config(spec))
+    placed = placement.options(spec, device, cache_bytes)
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options, **placed
         )
     except Exception as error:  # whatever a foreign or damaged folder makes transformers, safetensors or json raise
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.eval().requires_grad_(False)
+    network = network if placed else network.to(device)
     try:
         generation = GenerationConfig.from_pretrained(where, **options)
     except OSError:

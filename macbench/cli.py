@@ -30,8 +30,10 @@ def load_option(group: str, name: str):
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``."""
-    return ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
+    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``, and ``-m`` before all overrides."""
+    sweep = ("-m", "--multirun")
+    ordered = [a for a in argv if a in sweep] + [a for a in argv if a not in sweep]
+    return ["++" + a if a.startswith(("grid.", "grid=")) else a for a in ordered]
 
 
 def check(argv: list[str]) -> Path | None:

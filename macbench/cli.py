@@ -33,7 +33,12 @@ def load_option(group: str, name: str):
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``. A long ctx gets the model that serves it."""
+    """``grid.tau=[..]`` adds a key that no YAML lists; Hydra wants that spelled ``++``, and ``-m`` before all overrides.
+
+    A long ctx gets the model that serves it.
+    """
+    sweep = ("-m", "--multirun")
+    argv = [a for a in argv if a in sweep] + [a for a in argv if a not in sweep]
     argv = ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
     return [*argv, f"model={LONG_MODEL}"] if _wants_long_model(argv) else argv
 

@@ -18,6 +18,7 @@ from macbench.decoder import Decoder, Preparation
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
 from macbench.models.forward import make_forward
+from macbench.models.placement import offloaded
 from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
@@ -112,7 +113,14 @@ class Engine:
     def __init__(
         self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
     ):
-        self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = network, kernels, ctx, chunk, batch, graph
+        self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = (
+            network,
+            kernels,
+            ctx,
+            chunk,
+            batch,
+            graph and not offloaded(network),
+        )
         self.shape = attention_shape(network, ctx)
         s = self.shape
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.

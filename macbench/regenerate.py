@@ -27,7 +27,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     name = runner.run_name(cfg, plan)
     if name != run.resolve().name:
         raise ConfigError("RUN", run, f"its configuration now makes {name}: data, protocol or defaults changed, or dtype and backend on this device")
-    model = load(cfg.model, plan.device, plan.chat)
+    model = load(cfg.model, plan.device, plan.chat, runner.cache_bytes(cfg, plan))
     now = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
     found.notes += environment.continued(run, now)
     samples = tables["samples"]

@@ -25,6 +25,7 @@ from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers
 from macbench.leases import Leases
+from macbench.models import placement
 from macbench.models.chat import Chat
 from macbench.models.fingerprint import weights_sha256
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
@@ -63,7 +64,7 @@ def run(cfg: DictConfig) -> int:
     work = pending(cfg, plan, directory)
     directory.write_text(asked.FILE, plan.asked.text())
     if work:
-        model = load(cfg.model, plan.device, plan.chat)
+        model = load(cfg.model, plan.device, plan.chat, cache_bytes(cfg, plan))
         engine = make_engine(cfg, plan.layer, plan.ctx, model)
         facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
         for note in environment.continued(directory.path, facts):
@@ -118,6 +119,7 @@ def prepare(cfg: DictConfig) -> Plan:
     ctx = cli.parse_ctx(cfg.get("ctx"))
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
+    placement.check(cfg.model, device)
     variants = settings.build_variants(cfg)
     layer = _kernels(cfg.backend, device)
     _fits(cfg, ctx)
@@ -212,6 +214,12 @@ def run_trace(cfg: DictConfig) -> int:
     return command.run(task, method, model, examples, make_engine(cfg, layer, ctx, model), target(cfg), facts, OmegaConf.to_yaml(cfg, resolve=True))
 
 
+def cache_bytes(cfg: DictConfig, plan: Plan) -> int:
+    """Of the KV cache that the engine will make."""
+    s = planned_shape(cfg.model, plan.dtype, plan.device, plan.ctx)
+    return (cfg.batch or 1) * plan.ctx * s.layers * s.kv_row_bytes * s.kv_heads * plan.dtype.itemsize // 2
+
+
 def make_engine(cfg: DictConfig, layer: Kernels, ctx: int, model: LoadedModel) -> Engine:
     batch = cfg.batch or 1
     try:
@@ -245,6 +253,7 @@ def identity(cfg: DictConfig, plan: Plan) -> dict:
     config = OmegaConf.to_container(cfg, resolve=True)
     found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
     found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
+    found["model"] = {key: value for key, value in found["model"].items() if key != "device_map"}
     return found
 
 

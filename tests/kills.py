@@ -1,4 +1,4 @@
-"""Kill the processes of a run with SIGKILL at random moments, again and again: ``python -m tests.kills kills=20 examples=200 workers=3``.
+"""Kill the processes of a run with SIGKILL at random moments, again and again: ``python -m tests.kills kills=20 examples=200 workers=3 batch=1``.
 
 Workers are real commands in processes of their own, forked from one that has imported everything, so that most of a worker's life is
 work. Afterwards an undisturbed run is made, and both must hold the same rows.
@@ -106,14 +106,14 @@ def tables(runs: Path) -> dict[str, pd.DataFrame]:
     return {t: frame.drop(columns=TIMES & {*frame}).sort_values(order[t], ignore_index=True) for t, frame in frames.items()}
 
 
-def killed(folder: Path, kills: int, examples: int, workers: int, seed: int = 0) -> dict:
+def killed(folder: Path, kills: int, examples: int, workers: int, seed: int = 0, batch: int = 1) -> dict:
     """One run with ``kills`` kills, one without; what became of them."""
     choice, context = random.Random(seed), forks()
     model, disturbed, quiet = tiny_model(folder / "model"), folder / "disturbed", folder / "quiet"
     log = folder / "began.log"
     log.touch()
-    running = [start(context, arguments(model, disturbed, examples), log) for _ in range(workers)]
-    done, killed = 0, 0
+    running = [start(context, arguments(model, disturbed, examples, f"batch={batch}"), log) for _ in range(workers)]
+    killed = 0
     while killed < kills and parts(disturbed) < examples:
         # At a random moment between this kill's share of the work and the next one's.
         target = (killed + choice.random()) * examples / kills * 0.95
@@ -124,10 +124,10 @@ def killed(folder: Path, kills: int, examples: int, workers: int, seed: int = 0)
         os.kill(running[victim].pid, signal.SIGKILL)
         running[victim].join()
         killed += 1
-        running[victim] = start(context, arguments(model, disturbed, examples), log)
+        running[victim] = start(context, arguments(model, disturbed, examples, f"batch={batch}"), log)
     codes = finish(running)
     began = Counter(log.read_text().split())
-    finish([start(context, arguments(model, quiet, examples), folder / "quiet.log")])
+    finish([start(context, arguments(model, quiet, examples, f"batch={batch}"), folder / "quiet.log")])
     one, two = tables(disturbed), tables(quiet)
     done = one["samples"]
     return {
@@ -138,14 +138,24 @@ def killed(folder: Path, kills: int, examples: int, workers: int, seed: int = 0)
         "duplicates": int(done.duplicated(KEY).sum()),
         "begun again": sum(began.values()) - examples,
         "same rows": {table: bool(one[table].equals(two[table])) for table in SCHEMAS},
+        "different": {f"{t}.{c}": _distance(one[t][c], two[t][c]) for t in SCHEMAS for c in one[t] if not one[t][c].equals(two[t][c])},
         "rows": {table: len(one[table]) for table in SCHEMAS},
         "left behind": sorted(p.name for p in disturbed.rglob("*") if p.name.startswith(".") or "lease" in str(p)),
     }
+
+
+def _distance(one: pd.Series, two: pd.Series) -> str:
+    """How far a column of two runs is apart: the largest difference of numbers, or how many values differ."""
+    if len(one) == len(two) and pd.api.types.is_float_dtype(one):
+        return f"{(one - two).abs().max():.1e} at most"
+    return f"{sum(a != b for a, b in zip(one, two, strict=False))} values"
 
 
 if __name__ == "__main__":
     given = {key: int(value) for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
     with tempfile.TemporaryDirectory() as scratch:
         began = time.time()
-        found = killed(Path(scratch), given.get("kills", 20), given.get("examples", 200), given.get("workers", 3), given.get("seed", 0))
+        found = killed(
+            Path(scratch), given.get("kills", 20), given.get("examples", 200), given.get("workers", 3), given.get("seed", 0), given.get("batch", 1)
+        )
         print(json.dumps(found | {"seconds": round(time.time() - began)}, indent=1))

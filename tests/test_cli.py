@@ -99,6 +99,8 @@ def samples(tmp_path) -> pd.DataFrame:
         (["backend=tritn"], ["backend=tritn", "auto, torch, triton"]),
         (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
         (["model.dtype=int3", "logger=none"], ["model.dtype=int3", "bfloat16"]),
+        (["model.device_map=balanced", "logger=none"], ["model.device_map=balanced", "null or auto"]),
+        (["model.device_map=auto", "logger=none", "device=cpu"], ["model.device_map=auto", "needs a GPU"]),
         (["model.template=llama"], ["model.template=llama", "chat, base, meta-llama3"]),
         (["model.path=no/such-model"], ["model.path=no/such-model"]),
         (["ctx=[1"], ["ctx=[1", "key=value"]),

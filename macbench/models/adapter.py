@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError
+from macbench.models.placement import compute_device
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _serial = count()
@@ -46,7 +47,7 @@ def attention_shape(model: torch.nn.Module, max_tokens: int = 0) -> Shape:
         head_dim=module.head_dim,
         scale=module.scaling,
         dtype=model.dtype,
-        device=model.device,
+        device=compute_device(model),
         max_tokens=max_tokens,
         rotate=rotate,
     )

@@ -11,6 +11,7 @@ from macbench_kernels import PagedKVCache
 
 from macbench.models import fused
 from macbench.models.adapter import intercept
+from macbench.models.placement import compute_device, offloaded
 
 
 class Modules:
@@ -21,7 +22,7 @@ class Modules:
     def __init__(self, network: torch.nn.Module):
         self.network = network
         # A mask of four dimensions is taken as given, whatever its values: no search for packed sequences, which would wait for the device.
-        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=network.device)
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=compute_device(network))
 
     @contextmanager
     def attending(self, attend) -> Iterator[None]:
@@ -44,6 +45,7 @@ class Modules:
 
 def make_forward(network: torch.nn.Module, max_tokens: int, batch: int = 1):
     """The fastest way that serves this model here, for ``batch`` texts of up to ``max_tokens``."""
-    if torch.device(network.device).type == "cuda" and fused.obstacle(network) is None and batch <= fused.MAX_BATCH:
+    fits = compute_device(network).type == "cuda" and not offloaded(network)
+    if fits and fused.obstacle(network) is None and batch <= fused.MAX_BATCH:
         return fused.Fused(network, max_tokens)
     return Modules(network)

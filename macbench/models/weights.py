@@ -6,7 +6,7 @@ import torch
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError, choose
-from macbench.models import lora
+from macbench.models import lora, placement
 from macbench.models.chat import Chat
 from macbench.models.smollm2 import converted
 from macbench.models.trust import check_config, check_folder, check_size
@@ -75,8 +75,11 @@ def planned_shape(spec, dtype: torch.dtype, device: str, max_tokens: int) -> Sha
     )
 
 
-def load(spec, device: str, chat: Chat) -> LoadedModel:
-    """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code."""
+def load(spec, device: str, chat: Chat, cache_bytes: int = 0) -> LoadedModel:
+    """Load the network of a ``conf/model`` node: safetensors or GGUF, never pickles, no remote code.
+
+    ``cache_bytes``: GPU memory that ``model.device_map`` leaves free for the KV cache.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -89,9 +92,10 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
     adapter = lora.find(spec)
     # An adapter is added before weights are rounded, and the configuration is the extended one.
     first, extended = (torch.float32, {"config": _config(spec)}) if adapter else (dtype, {})
+    placed = {} if adapter else placement.options(spec, device, cache_bytes)
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            where, dtype=first, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **extended, **options
+            where, dtype=first, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **extended, **options, **placed
         )
     except Exception as error:  # whatever a foreign or damaged folder makes transformers, safetensors or json raise
         raise ConfigError("model.path", where, f"cannot be loaded: {_first_line(error)}") from error
@@ -99,7 +103,8 @@ def load(spec, device: str, chat: Chat) -> LoadedModel:
         factors, header = lora.read(adapter)
         lora.merge(network, factors, header.scale, lambda said: ConfigError("model.adapter", adapter, said))
         lora.round_weights(network, dtype)
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.eval().requires_grad_(False)
+    network = network if placed else network.to(device)
     try:
         generation = GenerationConfig.from_pretrained(where, **options)
     except OSError:

@@ -9,6 +9,7 @@ from macbench.records import RunDirectory
 from macbench.rows import layer_rows, sample_columns, step_rows
 
 STEPS, LAYERS = 5, 3
+ERRORS = [0.25, None, 0.5]
 KEY = {"run_id": "run", "method": "mac", "variant": "", "subtask": "a", "example_id": "0"}
 
 
@@ -32,7 +33,7 @@ def test_columns_are_the_sums_of_their_rows(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     one, two = generation(4), generation(0)
     other = KEY | {"method": "full"}
-    blocks = {"steps": [step_rows(one, KEY), step_rows(two, other)], "layers": [layer_rows(one, KEY), layer_rows(two, other)]}
+    blocks = {"steps": [step_rows(one, KEY), step_rows(two, other)], "layers": [layer_rows(one, KEY, ERRORS), layer_rows(two, other, [])]}
     samples = [KEY | {"task": "t"} | sample_columns(one), other | {"task": "t"} | sample_columns(two)]
     directory.write_example("part-0", {"samples": samples} | blocks, {})
     steps = pq.read_table(tmp_path / "run/steps/part-0.parquet").to_pylist()
@@ -43,13 +44,14 @@ def test_columns_are_the_sums_of_their_rows(tmp_path):
         for i in range(STEPS)
     ]
     assert steps == want
-    assert layers == [k | {"layer": i} | by_hand(made, np.s_[:, i]) for made, k in ((one, KEY), (two, other)) for i in range(LAYERS)]
+    want = [(one, KEY, ERRORS), (two, other, [None] * LAYERS)]
+    assert layers == [k | {"layer": i} | by_hand(made, np.s_[:, i]) | {"output_error": errors[i]} for made, k, errors in want for i in range(LAYERS)]
 
 
 def test_a_generation_without_steps_and_a_failure_have_no_rows(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     empty = Generation([7], "stop", np.zeros(0), 0.0, {name: np.zeros((0, LAYERS, 1), np.int64) for name in COUNTS}, np.zeros(0, np.int64))
-    directory.write_example("part-0", {"samples": [KEY], "steps": [step_rows(empty, KEY)], "layers": [layer_rows(empty, KEY)]}, {})
+    directory.write_example("part-0", {"samples": [KEY], "steps": [step_rows(empty, KEY)], "layers": [layer_rows(empty, KEY, [])]}, {})
     directory.write_example("part-1", {"samples": [KEY], "steps": [], "layers": []}, {})
     assert [pq.read_metadata(tmp_path / f"run/steps/part-{i}.parquet").num_rows for i in (0, 1)] == [0, 0]
     layers = pq.read_table(tmp_path / "run/layers/part-0.parquet").to_pylist()

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     for config in PRESETS[argv[1]] if argv[1] in PRESETS else [json.loads(argv[1])]:
         rows += measure(network, argv[0], True, mac=MAC(), say=lambda row: print(table.line(row), flush=True), **config)
         if len(argv) > 2:
-            table.write(rows, Path(argv[2]), facts("cuda"))
+            table.write(rows, Path(argv[2]), facts("cuda", "macbench.latency"))
     return 0
 
 

@@ -80,9 +80,9 @@ def test_a_run_by_time_ends_with_its_plan(tmp_path):
 def test_the_clock(monkeypatch):
     now = 100.0
     monkeypatch.setattr(train, "monotonic", lambda: now)
-    args = train.arguments(["--text", "x", "--seconds", "56", "--stop", "0.7"])
+    args = train.arguments(["--text", "x", "--seconds", str(50 + train.RESERVE), "--stop", "0.7"])
     clock = train.Clock(args, checkpoint.Place(40, 0.2, {}), started=90.0)
-    assert clock.progress(40) == pytest.approx(0.2) and clock.left(40) == pytest.approx(40)  # 56 s less 10 s of start and the reserve
+    assert clock.progress(40) == pytest.approx(0.2) and clock.left(40) == pytest.approx(40)  # less 10 s of start and the reserve
     now = 120.0
     assert clock.progress(50) == pytest.approx(0.45) and clock.progress(50, ahead=8) == pytest.approx(0.55)
     assert clock.left(50) == pytest.approx(20)

@@ -67,6 +67,8 @@ class RocketKV(Method):
     Counted per KV head, layer and step: topk rows; r * ceil(M / chunk) elements of meta, read from channel-major bounds; 4 bytes of idx
     per chosen token; the bounds of one chunk written. That is about b rows in all: the budget is traffic, not attended tokens.
     Votes belong to prefill and are not counted. S is the run's context, not that of a request, so that shapes stay the same.
+
+    A step takes longer than its bytes: scores of all chunks pass through a softmax and a sort, which its bytes do not pay for.
     """
 
     budget: int = 1024

@@ -94,6 +94,7 @@ def samples(tmp_path) -> pd.DataFrame:
         (["batch=[1,2]"], ["batch=[1, 2]", "at least 1"]),
         (["engine.graph=maybe"], ["engine.graph=maybe", "true or false"]),
         (["follow=-1"], ["follow=-1"]),
+        (["ctx=129k"], ["ctx=129k", "131072", "smollm2_128k"]),
         *[([f"shard={value}"], [f"shard={value}", "1/4"]) for value in ("0/4", "5/4", "1/0", "4", "a/b")],
         (["retry=all"], ["retry=all", "failed"]),
         (["backend=tritn"], ["backend=tritn", "auto, torch, triton"]),

@@ -1,0 +1,38 @@
+"""Steps of all methods side by side: what is counted follows from their sizes, and who cannot read so little says so."""
+
+import pytest
+
+from macbench.attention.methods import METHODS, SCHEMA, measure
+from macbench.methods.kivi import KIVI
+
+CTX, BATCH, HEADS, KV_HEADS, DIM = 400, 2, 4, 2, 64
+ROW = 2 * DIM * 2  # bytes of a token's K and V in a KV head
+
+
+@pytest.fixture(scope="module")
+def rows():
+    names = ["full", "streaming_llm", "snapkv", "kivi", "int8", "tidaldecode"]
+    made = measure(0.2, CTX, BATCH, f"{HEADS}/{KV_HEADS}", DIM, layers=2, methods=names, replays=3, device="cpu")
+    return {row["method"]: row for row in made}
+
+
+def test_bytes_are_those_of_the_sizes(rows):
+    everything = BATCH * KV_HEADS * CTX * ROW
+    assert rows["full"]["bytes_counted"] == everything and rows["full"]["rho_bytes"] == 1
+    for name in ("streaming_llm", "snapkv"):
+        assert rows[name]["bytes_counted"] == BATCH * KV_HEADS * 80 * ROW, name  # 0.2 of 400 rows
+    assert rows["int8"]["bytes_counted"] == BATCH * KV_HEADS * CTX * (2 * DIM + 8)
+    keys, values = (CTX - 1) // 128 * 128, CTX - 1 - 128
+    codes = 2 * DIM // 8 + 4 * DIM // KIVI.group
+    assert rows["kivi"]["bytes_counted"] == BATCH * KV_HEADS * ((keys + values) * codes + (2 * CTX - keys - values) * 2 * DIM)
+
+
+def test_times_stand_beside_their_targets(rows):
+    row = rows["full"]
+    assert row["target_ms"] == pytest.approx(1.3 * row["bytes_counted"] / 2.75e12 * 1e3 + 0.015)
+    assert row["over_target"] == pytest.approx(row["time_ms"] / row["target_ms"]) and row["time_ms"] > 0
+    assert set(row) == set(SCHEMA.names) and set(rows) < set(METHODS)
+
+
+def test_a_floor_is_a_row(rows):
+    assert "floor" in rows["tidaldecode"]["error"] and rows["tidaldecode"]["time_ms"] is None

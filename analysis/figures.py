@@ -23,6 +23,8 @@ def draw(records: Records, out: Path, items=ITEMS) -> list[Drawn]:
             drawn += item.make(records, out)
         except Missing as lack:
             drawn.append(Drawn(item.NAME, getattr(item, "TITLE", item.NAME), "", [], lack=str(lack)))
+    for i, line in enumerate(sorted(records.damaged)):
+        drawn.append(Drawn(f"records-{i + 1}", "Records", "", [], lack=f"{line}; drawn without it"))
     return drawn
 
 

@@ -87,6 +87,7 @@ class Records:
 
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
+        self.damaged: set[str] = set()  # files beside others that were read: a line each
         self._summaries: dict[Path, tuple[pd.DataFrame, pd.DataFrame] | Missing] = {}
 
     def _files(self, pattern: str) -> list[Path]:
@@ -125,6 +126,7 @@ class Records:
                 damaged.append(str(lack))
         if not frames:
             raise Missing("; ".join(damaged) or f"no record of task={kind}; python -m macbench.run task={kind} makes one")
+        self.damaged.update(damaged)
         return pd.concat(frames, ignore_index=True), chosen
 
     def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:

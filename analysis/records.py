@@ -116,8 +116,9 @@ class Records:
     def benchmark(self, kind: str, columns: Iterable[str]) -> tuple[pd.DataFrame, list[Source]]:
         """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these."""
         sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet")]
-        gpu = [s for s in sources if "NVIDIA" in s.device]
-        chosen, frames, damaged = gpu or sources, [], []
+        gpu = any("NVIDIA" in s.device for s in sources)
+        # A file that says nothing of its device is damaged, most likely, and then that is to be said.
+        chosen, frames, damaged = [s for s in sources if not gpu or "NVIDIA" in s.device or not s.facts], [], []
         for i, source in enumerate(chosen):
             try:
                 frame = read(source.path, [*columns, "error"])

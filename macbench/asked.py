@@ -12,6 +12,10 @@ from macbench.records import read_table
 FILE = "asked.json"
 
 
+# No run has more examples of a subtask; a file that says so is not one of ours.
+_MOST = 100_000
+
+
 @dataclass(frozen=True)
 class Asked:
     """``examples``: number by subtask, indices from 0. ``variants``: [method, label]."""
@@ -42,6 +46,9 @@ def read(run: Path) -> Asked:
     """Of the last command that worked on a run."""
     try:
         found = json.loads((run / FILE).read_text())
-        return Asked({str(k): int(n) for k, n in found["examples"].items()}, [list(map(str, v)) for v in found["variants"]])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        asked = Asked({str(k): int(n) for k, n in found["examples"].items()}, [list(map(str, v)) for v in found["variants"]])
+        if any(not 0 <= n <= _MOST for n in asked.examples.values()) or any(len(v) != 2 for v in asked.variants):
+            raise ValueError("numbers out of range")
+        return asked
+    except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError("RUN", run, f"has no usable {FILE} ({one_line(error)}); run its command again") from None

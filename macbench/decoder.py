@@ -24,8 +24,12 @@ class Preparation:
     def of(self, prompts: list, shape: Shape) -> bool:
         return self.state is not None and self.shape == shape and len(prompts) == len(self.prompts) and all(map(operator.is_, prompts, self.prompts))
 
-    def keep(self, prompts: list, shape: Shape, state: dict) -> None:
-        self.prompts, self.shape, self.state = list(prompts), shape, state
+    def keep(self, prompts: list, shape: Shape, method: Method) -> None:
+        """Where there is no memory for it, nothing is kept, and it is made anew."""
+        try:
+            self.prompts, self.shape, self.state = list(prompts), shape, method.save()
+        except (torch.OutOfMemoryError, MemoryError):
+            self.state = None
 
 
 class Decoder:
@@ -60,7 +64,7 @@ class Decoder:
                     for request, prompt in enumerate(prompts):
                         self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
                 if preparation is not None:
-                    preparation.keep(prompts, self.shape, self.method.save())
+                    preparation.keep(prompts, self.shape, self.method)
         except BaseException:
             self.cache.free()
             raise

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 # Line ends of every kind, and what would command a terminal.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
+# What files that somebody else wrote can make of any reader, besides errors of its own.
+FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError, MemoryError, OSError)
+
 
 class ConfigError(Exception):
     """Wrong input. ``str(error)`` is one line; the command line prints it and exits with code 2."""

@@ -24,6 +24,7 @@ from macbench.tasks.base import Example, Task
 EXAMPLE_ERRORS = (RuntimeError, OutOfPages, MemoryError)
 # Prompt tokens per forward pass below which less would save no memory worth the time.
 SMALLEST_CHUNK = 128
+_SHORT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 Progress = Callable[[str], Callable[[int], None]]
 
 
@@ -113,6 +114,8 @@ def _together(engine: Engine, variant, members: list, rate: Progress, preparatio
         requests = [call.request(prompt) for call, prompt in ready]
         done = _attempt(engine, lambda: engine.decode_batch(requests, variant.method, rate(variant.name), preparation=preparation))
         if isinstance(done, Exception):
+            if preparation is not None:
+                preparation.state = None  # what follows needs the memory
             for call, _ in ready:
                 call.partial.discard()  # what was kept of it belongs to another attempt
         else:
@@ -190,8 +193,9 @@ def prefill(engine: Engine, ids: list[int], *options) -> Prompt:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """On a GPU or, where torch raises plain RuntimeErrors, on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """On a GPU, by torch or a library below it, or, where torch raises plain RuntimeErrors, on a CPU."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in said for sign in _SHORT_OF_MEMORY)
 
 
 def _attempt(engine: Engine, make: Callable):

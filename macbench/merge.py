@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from macbench import asked
 from macbench.environment import continued
-from macbench.errors import ConfigError, one_line
+from macbench.errors import FOREIGN, ConfigError, one_line
 from macbench.files import write_whole
 from macbench.leases import Leases
 from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs
@@ -106,6 +106,7 @@ def _copy(source: Path, target: Path, table: str) -> None:
 
 
 def main() -> None:
+    run = None
     try:
         folders = [Path(a) for a in sys.argv[1:]]
         if len(folders) < 2:
@@ -126,6 +127,9 @@ def main() -> None:
             print(f"{run}\n{format_summary(summary(run))}")
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FOREIGN as error:  # what somebody else's files can make of any reader
+        print(f"macbench: {run}: cannot be read ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
         sys.exit(2)
 
 

@@ -23,7 +23,7 @@ from macbench import asked, budget, cli, environment, experiment, judging, logge
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
-from macbench.generate import Answer, answers
+from macbench.generate import Answer, answers, out_of_memory
 from macbench.leases import Leases
 from macbench.models import placement
 from macbench.models.chat import Chat
@@ -158,7 +158,8 @@ def target(cfg: DictConfig) -> Path:
         resolved = command.resolve(task, method, contexts, cfg.backend, _bench_device(cfg))
         return command.target(cfg.runs_dir, method, contexts, resolved)
     dtype = resolve_dtype(cfg.model, resolve_device(cfg.device))
-    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)})
+    rest = {key: OmegaConf.to_container(cfg, resolve=True)[key] for key in ("model", "seed")}
+    name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)} | rest)
     return Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
 
 
@@ -189,6 +190,11 @@ def run_decode(cfg: DictConfig) -> int:
     from macbench.latency.command import run as measure
 
     task, method, contexts = _plain(cfg)
+    for key, value in OmegaConf.load(cli.CONF / "config.yaml").engine.items():
+        if cfg.engine[key] != value:
+            raise ConfigError(
+                f"engine.{key}", cfg.engine[key], f"must be {value} with task=decode, whose task.modes=[graph,eager] choose how steps run"
+            )
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731
@@ -349,7 +355,7 @@ def _rate(bar: tqdm, stage: str):
 
 
 def _one_line(error: Exception) -> str:
-    hint = "; lower batch, engine.prefill_chunk or ctx" if isinstance(error, torch.OutOfMemoryError) else ""
+    hint = "; lower batch, engine.prefill_chunk or ctx" if out_of_memory(error) else ""
     return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 

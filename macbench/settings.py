@@ -15,6 +15,8 @@ from macbench.output_error import Measured
 
 # Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
 MOST_EXAMPLES = 100_000
+# Where methods and tasks live.
+PACKAGE = "macbench."
 # Tasks without a model's own prompts, whose batch may be a list.
 SYNTHETIC = ("attention", "decode")
 # Tasks that run one method on their own terms.
@@ -139,6 +141,8 @@ def build(node: DictConfig, key: str, kind: type = object, **extra):
     target = params.pop("_target_", None)
     params.pop("name", None)
     module, _, name = str(target).rpartition(".")
+    if not module.startswith(PACKAGE):  # before anything is imported: a configuration may come with somebody else's run
+        raise ConfigError(f"{key}._target_", target, f"must be a class of {PACKAGE}*")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

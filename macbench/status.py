@@ -12,7 +12,7 @@ from time import time
 import pandas as pd
 
 from macbench import asked
-from macbench.errors import ConfigError
+from macbench.errors import FOREIGN, ConfigError
 from macbench.leases import STALE, held, look
 from macbench.records import find_runs, part_name, read_table
 
@@ -77,7 +77,7 @@ def main() -> None:
         for run in find_runs(root):
             try:
                 rows.append(status(run))
-            except ConfigError as error:  # a run that cannot be read is no reason to be silent about the others
+            except (ConfigError, *FOREIGN) as error:  # a run that cannot be read is no reason to be silent about the others
                 print(f"macbench: note: {error}", file=sys.stderr)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)

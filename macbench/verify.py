@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from macbench import asked
 from macbench.counting import TOTALS
 from macbench.environment import label
-from macbench.errors import ConfigError, one_line
+from macbench.errors import FOREIGN, ConfigError, one_line
 from macbench.records import KEY, SCHEMAS, config_hash, find_runs, part_name
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
@@ -145,6 +145,7 @@ def _place(row) -> str:
 
 
 def main() -> None:
+    run = None
     runs, given = [a for a in sys.argv[1:] if "=" not in a], dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
     try:
         options = _options(given)
@@ -160,6 +161,9 @@ def main() -> None:
                 print(f"  {line}")
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FOREIGN as error:  # what somebody else's files can make of any reader
+        print(f"macbench: {run}: cannot be read ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
         sys.exit(2)
     if wrong:
         sys.exit(1)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import time
 from contextlib import contextmanager
 
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.numpy import load_file, save_file
 
-from macbench import cli, report
+from macbench import asked, cli, report
 from macbench import run as run_module
 from macbench.errors import ConfigError
 from macbench.models import gguf_header
 from macbench.models.weights import load, load_chat
 from macbench.partial import Partial
+from macbench.settings import build
 from macbench.tasks.base import Example
 from macbench.tasks.longbench_v2 import data as longbench
 from macbench.tasks.longgenbench import data as longgenbench
@@ -380,3 +382,20 @@ def test_random_configurations(macbench, tiny_args, monkeypatch, tmp_path):  # n
         assert code == 0 or err.strip().splitlines()[-1].startswith("macbench: "), (args, err)
 
     check()
+
+
+def test_a_run_that_is_verified_names_no_code(tmp_path, monkeypatch):
+    """``build`` looks at the name before anything is imported."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass X: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("evil.X", "subprocess.Popen", "X", None):
+        with pytest.raises(ConfigError, match="_target_"):
+            build(OmegaConf.create({"_target_": target, "name": "x"}), "method")
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+def test_what_was_asked_is_bounded(tmp_path):
+    for text in ("[" * 100_000, '{"examples": {"a": 1000000000}, "variants": [["full", ""]]}', '{"examples": {"a": 1}, "variants": [["full"]]}'):
+        (tmp_path / asked.FILE).write_text(text)
+        with pytest.raises(ConfigError, match=asked.FILE):
+            asked.read(tmp_path)

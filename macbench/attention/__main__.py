@@ -6,6 +6,7 @@ python -m macbench.attention methods runs/reference/h100/attention/methods.parqu
 python -m macbench.attention reach runs/reference/h100/attention/reach.parquet
 """
 
+import inspect
 import json
 import platform
 import shlex
@@ -16,7 +17,7 @@ import torch
 
 from macbench import environment
 from macbench.attention import methods, table
-from macbench.attention.bench import NoGPU, compare, measure
+from macbench.attention.bench import NO_GPU, NoGPU, compare, measure
 
 _PEERS = ["flashinfer", "flashinfer_tc", "triton"]
 _LAYOUTS = {"heads": ["32/8", "32/4"], "batch": [1, 16, 64], "backends": _PEERS, "steps": 25}
@@ -43,9 +44,26 @@ def facts(device: str, module: str = "macbench.attention") -> dict:
     return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
 
 
+def _json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        print(f"macbench: {text}: must be methods, {', '.join(PRESETS)}, or JSON ({error})", file=sys.stderr)
+        sys.exit(2)
+
+
 def steps(argv: list[str]) -> int:
     """A step of every method. ``argv``: a file, a JSON object, both or none."""
-    knobs = json.loads(next((a for a in argv if a.startswith("{")), "{}"))
+    knobs = _json(next((a for a in argv if a.startswith("{")), "{}"))
+    unknown = sorted(set(knobs) - set(inspect.signature(methods.measure).parameters))
+    wrong = sorted(set(knobs.get("methods", ())) - set(methods.METHODS))
+    for names, allowed in ((unknown, inspect.signature(methods.measure).parameters), (wrong, methods.METHODS)):
+        if names:
+            print(f"macbench: {', '.join(names)}: must be of {', '.join(name for name in allowed if name != 'say')}", file=sys.stderr)
+            return 2
+    if knobs.get("device", "cuda") == "cuda" and not torch.cuda.is_available():
+        print(f"macbench: {NO_GPU}", file=sys.stderr)
+        return 2
     print(methods.HEADER, flush=True)
     rows = methods.measure(**knobs, say=lambda row: print(methods.line(row), flush=True))
     for target in (a for a in argv if not a.startswith("{")):
@@ -56,7 +74,7 @@ def steps(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["methods"]:
         return steps(argv[1:])
-    configs = PRESETS[argv[0]] if argv and argv[0] in PRESETS else json.loads(argv[0]) if argv else {}
+    configs = PRESETS[argv[0]] if argv and argv[0] in PRESETS else _json(argv[0]) if argv else {}
     rows: list[dict] = []
     print(table.HEADER, flush=True)
     try:

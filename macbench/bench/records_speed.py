@@ -41,7 +41,7 @@ def main() -> None:
                 tables = {
                     "samples": [key | sample_columns(generation)],
                     "steps": [step_rows(generation, key)],
-                    "layers": [layer_rows(generation, key)],
+                    "layers": [layer_rows(generation, key, [])],
                 }
                 times.append(perf_counter())
                 directory.write_example(part, tables, {})

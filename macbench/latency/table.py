@@ -19,7 +19,7 @@ def _type(name: str) -> pa.DataType:
 
 SCHEMA = pa.schema([(name, _type(name)) for name in COLUMNS])
 HEADER = (
-    f"{'model':<22} {'ctx':>6} {'batch':>5} {'method':<24} {'hit rate':<16} {'p50 ms':>8} {'p95 ms':>8} {'tok/s':>8} {'/floor':>6} {'/full':>6} "
+    f"{'model':<22} {'ctx':>6} {'batch':>5} {'method':<24} {'hit rate':<24} {'p50 ms':>8} {'p95 ms':>8} {'tok/s':>8} {'/floor':>6} {'/full':>6} "
     f"{'/FI':>6} {'attn':>7} {'mm':>7} {'rest':>6} {'prefill':>8} {'GB':>6}"
 )
 
@@ -37,8 +37,10 @@ def line(row: dict) -> str:
     )
     if row["method"] == "mac" and row["hit_rate_measured"] is not None and not row["synthetic"]:
         rate = f"{row['hit_rate_measured']:.3f} real"
+    elif row["method"] == "mac" and row["hit_rate_measured"] is not None and f"{row['hit_rate_measured']:g}" != f"{row['hit_rate']:g}":
+        rate += f" {row['hit_rate_measured']:.3f}"  # what the queries came to: heads and groups are whole
     method = f"{row['method']}:{row['backend']}:{row['mode']}"
-    key = f"{model:<22} {row['ctx']:>6} {row['batch']:>5} {method:<24} {rate:<16} "
+    key = f"{model:<22} {row['ctx']:>6} {row['batch']:>5} {method:<24} {rate:<24} "
     if row["error"]:
         return key + row["error"]
 

@@ -120,10 +120,11 @@ def load_chat(spec) -> Chat:
 
     where = folder_or_id(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_revision(spec))
+        return Chat(AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_revision(spec)), spec.template)
+    except ConfigError:
+        raise
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"tokenizer cannot be loaded: {_first_line(error)}") from error
-    return Chat(tokenizer, spec.template)
 
 
 def _config(spec):

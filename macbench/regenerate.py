@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from macbench import environment
+from macbench import environment, settings
 from macbench import run as runner
 from macbench.counting import TOTALS
 from macbench.errors import ConfigError
@@ -22,6 +22,7 @@ _SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decod
 def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice: random.Random, device: str, found) -> None:
     """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
     cfg = OmegaConf.load(run / "config.yaml")
+    settings.own_classes_only(cfg)
     cfg.device = device
     plan = runner.prepare(cfg)
     name = runner.run_name(cfg, plan)

@@ -15,8 +15,6 @@ from macbench.output_error import Measured
 
 # Largest number of examples per subtask; beyond it lists of pending examples would fill the memory.
 MOST_EXAMPLES = 100_000
-# Where methods and tasks live.
-PACKAGE = "macbench."
 # Tasks without a model's own prompts, whose batch may be a list.
 SYNTHETIC = ("attention", "decode")
 # Tasks that run one method on their own terms.
@@ -135,14 +133,20 @@ def build_variants(cfg: DictConfig) -> list[Variant]:
     return variants
 
 
+def own_classes_only(cfg: DictConfig) -> None:
+    """For a configuration that came with somebody else's run: it names classes of macbench, or a ConfigError does, before anything is imported."""
+    for key in ("method", "task", "judge"):
+        target = str(_select(cfg, f"{key}._target_"))
+        if target != "None" and not target.startswith("macbench."):
+            raise ConfigError(f"{key}._target_", target, "must be a class of macbench in a run that is verified")
+
+
 def build(node: DictConfig, key: str, kind: type = object, **extra):
     """Instantiate a node's ``_target_``, a subclass of ``kind``, with its other keys but ``name``."""
     params = OmegaConf.to_container(node, resolve=True)
     target = params.pop("_target_", None)
     params.pop("name", None)
     module, _, name = str(target).rpartition(".")
-    if not module.startswith(PACKAGE):  # before anything is imported: a configuration may come with somebody else's run
-        raise ConfigError(f"{key}._target_", target, f"must be a class of {PACKAGE}*")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

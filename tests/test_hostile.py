@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import struct
 import sys
@@ -22,7 +23,7 @@ from macbench.errors import ConfigError
 from macbench.models import gguf_header
 from macbench.models.weights import load, load_chat
 from macbench.partial import Partial
-from macbench.settings import build
+from macbench.regenerate import regenerate
 from macbench.tasks.base import Example
 from macbench.tasks.longbench_v2 import data as longbench
 from macbench.tasks.longgenbench import data as longgenbench
@@ -385,12 +386,14 @@ def test_random_configurations(macbench, tiny_args, monkeypatch, tmp_path):  # n
 
 
 def test_a_run_that_is_verified_names_no_code(tmp_path, monkeypatch):
-    """``build`` looks at the name before anything is imported."""
+    """The name is looked at before anything is imported."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass X: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for target in ("evil.X", "subprocess.Popen", "X", None):
-        with pytest.raises(ConfigError, match="_target_"):
-            build(OmegaConf.create({"_target_": target, "name": "x"}), "method")
+    for key in ("method", "task"):
+        for target in ("evil.X", "subprocess.Popen", "X"):
+            (tmp_path / "config.yaml").write_text(f"{key}: {{_target_: {target}, name: x}}\ndevice: cpu\n")
+            with pytest.raises(ConfigError, match="_target_"):
+                regenerate(tmp_path, {}, 1, random.Random(0), "cpu", None)
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 

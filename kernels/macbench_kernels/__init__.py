@@ -9,7 +9,7 @@ from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kerne
 from macbench_kernels.mac import MacParams, MacStep
 from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
-from macbench_kernels.select import present, top
+from macbench_kernels.select import present
 from macbench_kernels.state import State, empty_state, merge
 from macbench_kernels.summaries import build_bounds, rounded
 from macbench_kernels.torch_backend import visible_span
@@ -36,6 +36,5 @@ __all__ = [
     "present",
     "rounded",
     "scanned_rows",
-    "top",
     "visible_span",
 ]

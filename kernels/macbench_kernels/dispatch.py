@@ -15,7 +15,7 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill, mac, quantised and scores.
+    """What a backend offers; signatures and shapes are in torch_backend, summaries, prefill, mac, quantised, scores and select.
 
     ``attend``: decode attention over spans. ``attend_selected``: over selected tokens or pages. ``full``: over every visible key.
     ``match``: ring match. ``causal``: prompt attention with lse. ``mac_step``: a whole MAC step.
@@ -23,6 +23,7 @@ class Kernels:
     and scores of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
+    ``top``: the best of many scores.
     ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
     capture its calls.
     """
@@ -42,13 +43,14 @@ class Kernels:
     quantise_rows: Callable
     column_sums: Callable
     least_attended: Callable
+    top: Callable
     plan: Callable | None = None
     captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, quantised, scores, summaries, torch_backend
+    from macbench_kernels import prefill, quantised, scores, select, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -72,6 +74,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             quantise_rows=quantised.quantise_rows,
             column_sums=scores.column_sums,
             least_attended=scores.least_attended,
+            top=select.top,
             captures=False,
         )
     if backend == "flashinfer":
@@ -91,6 +94,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             triton_match,
             triton_quantised,
             triton_scores,
+            triton_select,
             triton_selected,
             triton_summaries,
         )
@@ -112,4 +116,5 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         quantise_rows=triton_quantised.quantise_rows,
         column_sums=triton_scores.column_sums,
         least_attended=triton_scores.least_attended,
+        top=triton_select.top,
     )

@@ -40,8 +40,10 @@ def take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def lloyd(points: torch.Tensor, centroids: torch.Tensor, iterations: int, generator: torch.Generator) -> torch.Tensor:
     """Centroids after ``iterations`` of assigning and averaging; an empty cluster starts again at a random point, or stays where it is in the end."""
     k = centroids.shape[1]
+    # All at once: every transfer waits for the device.
+    random = torch.randint(points.shape[1], (iterations - 1, *centroids.shape[:2]), generator=generator).to(points.device)
     for i in range(iterations):
         average, count = means(points, nearest(points, centroids), k)
-        other = centroids if i == iterations - 1 else take(points, torch.randint(points.shape[1], count.shape, generator=generator).to(points.device))
+        other = centroids if i == iterations - 1 else take(points, random[i])
         centroids = torch.where(count[..., None] > 0, average, other)
     return centroids

@@ -1,13 +1,14 @@
-"""Choosing the best of many scores, in torch operations that neither synchronise nor leave ties to chance; the same for all backends."""
+"""Choosing the best of many scores, in torch operations that neither synchronise nor leave ties to chance. See triton_select for the GPU."""
 
 import torch
 
 
-def top(scores: torch.Tensor, k: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def top(scores: torch.Tensor, k: int, valid: torch.Tensor, ordered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the ``k`` best scores among the valid ones, best first, ties to the lowest index.
 
     scores: float [..., n], compared in float32. valid: bool, broadcast to it; any score may be -inf and is still better than an invalid one.
-    Returns ids int32 [..., min(k, n)], and how many of them are valid: int32 [...].
+    Returns ids int32 [..., min(k, n)], and how many of them are valid: int32 [...]. Ids behind those are any below n.
+    ``ordered``: whether the order matters; otherwise a backend may return them in another one.
     """
     n = scores.shape[-1]
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0 a 0

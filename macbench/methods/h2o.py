@@ -64,7 +64,7 @@ class H2O(Method):
         prompt, sums = cache.host_lengths[request], queries.column_sums
         left = torch.arange(prompt, device=sums.device).expand(len(sums), -1)
         if prompt > self.heavy + self.recent:
-            left = kept(sums, self.heavy + self.recent, self.recent)
+            left = kept(self.kernels, sums, self.heavy + self.recent, self.recent)
         # Sums over the prompt's attention take another pass over its keys; what is left keeps a float32 score.
         self.ledger.prepare(request, self.shape.kv_heads * (prompt * self.shape.key_bytes + left.shape[1] * 4))
         self.survivors.keep(layer, request, left, prompt)

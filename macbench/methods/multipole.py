@@ -7,7 +7,7 @@ code was used. One level of clusters.
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import State, kmeans, merge, present, rounded, top
+from macbench_kernels import State, kmeans, merge, present, rounded
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.errors import ConfigError
@@ -225,7 +225,7 @@ class Multipole(Method):
 
     def _choose(self, layer, score, filled):
         """near bool [B, Hkv, clusters]; and clusters in descending score [B, Hkv, n] with the number of their tokens if they are near, else 0."""
-        order, known = top(score, self.budget + 1, filled)  # every cluster on the list has a token, so one more than B is enough
+        order, known = self.kernels.top(score, self.budget + 1, filled)  # every cluster on the list has a token, so one more than B is enough
         listed = torch.arange(order.shape[-1], device=order.device) < known[..., None]
         sizes = self.counts[layer].gather(-1, order.long()) * listed
         over = (sizes.cumsum(-1) > self.budget) & listed

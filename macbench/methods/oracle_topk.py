@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import top
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 
@@ -53,6 +52,6 @@ class OracleTopK(Method):
         if unit > 1:
             scores = torch.nn.functional.pad(scores, (0, -shape.max_tokens % unit)).unflatten(-1, (-1, unit)).sum(-1)
         valid = torch.arange(scores.shape[-1], device=q.device) * unit < cache.lengths[:, None]
-        ids, counts = top(scores, self.budget // unit, valid[:, None])
+        ids, counts = self.kernels.top(scores, self.budget // unit, valid[:, None], ordered=False)
         self.ledger.selected(layer, ids, counts, unit, cache.lengths, all_keys=self.count == "honest")
         return self.kernels.attend_selected(q, cache, layer, ids, counts, shape.scale, unit).out.to(q.dtype)

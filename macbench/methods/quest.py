@@ -6,7 +6,7 @@ Tang, Zhao, Zhu, Xiao, Kasikci, Han. arXiv:2406.10774, ICML 2024. Public code (M
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import build_bounds, rounded, top
+from macbench_kernels import build_bounds, rounded
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 
@@ -91,7 +91,7 @@ class Quest(Method):
         scores = self._scores(q, bounds)
         if self.mode == "harness":
             scores = scores.masked_fill(self._newest, float("inf"))
-        ids, counts = top(scores, self.pages, self._valid)
+        ids, counts = self.kernels.top(scores, self.pages, self._valid, ordered=False)
         self.ledger.add(layer, "meta", shape.kv_heads * shape.kv_row_bytes, self._scored)
         self.ledger.add(layer, "write", shape.kv_heads * shape.kv_row_bytes)
         self.ledger.selected(layer, ids, counts, self.page, cache.lengths)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from macbench_kernels import build_bounds, rounded, top
+from macbench_kernels import build_bounds, rounded
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.errors import ConfigError
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
+from macbench.methods.survivors import best
 
 # Constants of the published settings: pooling of votes (tokens), share of the log-compression that stage 1 takes, smallest budget.
 KERNEL = 63
@@ -131,8 +132,8 @@ class RocketKV(Method):
         if n > (max(keep, self.budget) if self.mode == "harness" else keep):
             self.removed[request] = n - keep
             last = torch.arange(n - self.window, n, dtype=torch.int32, device=kept.device).expand(len(kept), -1)
-            best, _ = top(self._votes(queries.last(self.window).q[0], keys), keep - self.window, torch.ones((), dtype=torch.bool, device=kept.device))
-            kept.copy_(torch.cat([best.sort(-1).values, last], 1))
+            voted = best(self.kernels, self._votes(queries.last(self.window).q[0], keys), keep - self.window)
+            kept.copy_(torch.cat([voted, last], 1))
             keys = keys.gather(1, kept.long()[..., None].expand(-1, -1, keys.shape[-1]))
         build_bounds(self.bounds[layer], request, keys, self.size.chunk)
         # All keys read, bounds of the chunks that are left written.
@@ -178,7 +179,7 @@ class RocketKV(Method):
         d = self.shape.head_dim
         grouped = q.unflatten(1, (self.shape.kv_heads, -1)).to(torch.promote_types(q.dtype, torch.float32))
         size_of = grouped.abs()
-        channels, _ = top(size_of.mean(2), self.size.channels, torch.ones((), dtype=torch.bool, device=q.device))
+        channels, _ = self.kernels.top(size_of.mean(2), self.size.channels, torch.ones((), dtype=torch.bool, device=q.device), ordered=False)
         at = channels.long()[:, :, None].expand(-1, -1, grouped.shape[2], -1)
         rows = channels
         if bounds.shape[2] > d:  # minima lie behind the maxima
@@ -195,7 +196,7 @@ class RocketKV(Method):
         harness = self.mode == "harness"
         n = min(max(size.topk, self.budget) if harness else size.topk, self.shape.max_tokens)
         # One chunk more than fill n: the last chunk may be short.
-        chunks, known = top(scores, -(-n // size.chunk) + 1, self._valid)
+        chunks, known = self.kernels.top(scores, -(-n // size.chunk) + 1, self._valid)
         inside = torch.arange(size.chunk, device=scores.device)
         places = (chunks[..., None] * size.chunk + inside).flatten(2)  # among the tokens that are left
         exists = (places < left) & ((torch.arange(chunks.shape[-1], device=scores.device) < known[..., None]).repeat_interleave(size.chunk, -1))

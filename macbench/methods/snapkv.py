@@ -97,7 +97,7 @@ class SnapKV(Method):
         votes = self.kernels.column_sums(queries.q, cache, layer, queries.first, lse, self.shape.scale, request=request)
         votes = pooled(reduced(votes[:, : -self.window], self.shape.kv_heads, self._gqa), self.kernel, self.pooling)
         recent = everything[-self.window :].expand(len(votes), -1)
-        self.survivors.keep(layer, request, torch.cat([best(votes, keep), recent], 1), prompt)
+        self.survivors.keep(layer, request, torch.cat([best(self.kernels, votes, keep), recent], 1), prompt)
 
     def attend(self, layer, q_pre, q, cache):
         left = self.survivors

@@ -5,7 +5,7 @@ them without a list, and nothing else of the cache; so these methods count the r
 """
 
 import torch
-from macbench_kernels import top
+from macbench_kernels import Kernels
 
 
 class Survivors:
@@ -52,7 +52,7 @@ class Survivors:
         self.ids.scatter_(-1, self.slot[..., None], (lengths - 1).expand_as(self.counts)[..., None])
 
 
-def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
+def best(kernels: Kernels, scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Positions of the ``keep`` highest scores [..., n], ties to the lowest position, sorted by position: int64 [..., keep]."""
-    ids, _ = top(scores, keep, torch.ones_like(scores, dtype=torch.bool))
+    ids, _ = kernels.top(scores, keep, torch.ones((), dtype=torch.bool, device=scores.device), ordered=False)
     return ids.long().sort(-1).values

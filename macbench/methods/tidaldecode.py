@@ -6,7 +6,6 @@ Yang, Zhang, Chen, Li, Jia. arXiv:2410.05076, ICLR 2025. Public code (Apache-2.0
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import top
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 
@@ -66,4 +65,4 @@ class TidalDecode(Method):
         index, length = torch.arange(scores.shape[-1], device=q.device), cache.lengths[:, None]
         if self.mode == "harness":
             scores = scores.masked_fill((index == length - 1)[:, None], float("inf"))
-        return top(scores, self.budget, (index < length)[:, None])
+        return self.kernels.top(scores, self.budget, (index < length)[:, None], ordered=False)

@@ -6,6 +6,7 @@ Oren, Hassid, Yarden, Adi, Schwartz. arXiv:2401.06104, EMNLP 2024. Public code (
 from dataclasses import dataclass
 
 import torch
+from macbench_kernels import Kernels
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 from macbench.methods.survivors import Survivors, best
@@ -69,7 +70,7 @@ class TOVA(Method):
         lse = self.kernels.causal(*args, self.shape.scale, request=request).lse
         received = self.kernels.column_sums(*args, lse, self.shape.scale, request=request)
         weights = received.unflatten(0, (1 if self._shared else self.shape.kv_heads, -1)).mean(1)
-        self.survivors.keep(layer, request, kept(weights, self.capacity, self._protected), prompt)
+        self.survivors.keep(layer, request, kept(self.kernels, weights, self.capacity, self._protected), prompt)
 
     def attend(self, layer, q_pre, q, cache):
         left, scale = self.survivors, self.shape.scale
@@ -82,8 +83,8 @@ class TOVA(Method):
         return state.out.to(q.dtype)
 
 
-def kept(weights: torch.Tensor, capacity: int, newest: int) -> torch.Tensor:
+def kept(kernels: Kernels, weights: torch.Tensor, capacity: int, newest: int) -> torch.Tensor:
     """Positions of the ``capacity`` highest weights [R, n], the ``newest`` in any case: [R, capacity]."""
     n = weights.shape[1]
     recent = torch.arange(n - newest, n, device=weights.device).expand(len(weights), -1)
-    return torch.cat([best(weights[:, : n - newest], capacity - newest), recent], 1)
+    return torch.cat([best(kernels, weights[:, : n - newest], capacity - newest), recent], 1)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from macbench_kernels import build_bounds, kernels, kmeans, present, top
+from macbench_kernels import build_bounds, kernels, kmeans, present
 
 from tests.conftest import DEVICE, filled_cache
 
 
-def test_ties_go_to_the_lowest_index_and_invalid_ones_to_nobody():
+def test_ties_go_to_the_lowest_index_and_invalid_ones_to_nobody(backend):
+    top = kernels(backend, DEVICE).top
     scores = torch.tensor([[1.0, 3, 3, -0.0, 0.0, 3, -2], [float("-inf")] * 7], device=DEVICE)
     ids, counts = top(scores, 5, torch.ones_like(scores, dtype=torch.bool))
     assert ids.tolist() == [[1, 2, 5, 0, 3], [0, 1, 2, 3, 4]]
@@ -20,11 +21,24 @@ def test_ties_go_to_the_lowest_index_and_invalid_ones_to_nobody():
     assert present(ids, torch.arange(7, device=DEVICE).expand(2, 7) < 2, 7).nonzero()[:, 1].tolist() == [0, 2, 0, 2]
 
 
-def test_random_scores_are_ranked_like_a_stable_sort():
+@pytest.mark.parametrize(("n", "k"), [(200, 50), (128, 128), (300, 1), (70_000, 900)])  # the last one is longer than a program holds
+def test_random_scores_are_ranked_like_a_stable_sort(backend, n, k):
     torch.manual_seed(0)
-    scores = torch.randn(4, 200, device=DEVICE).round(decimals=1)
-    ids, _ = top(scores, 50, torch.ones_like(scores, dtype=torch.bool))
-    assert torch.equal(ids.long(), torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :50])
+    top = kernels(backend, DEVICE).top
+    scores = torch.randn(2, 3, n, device=DEVICE).round(decimals=1 if n < 1000 else 3)
+    scores[1, 2, n // 2 :] = -0.0
+    valid = torch.rand(2, 1, n, device=DEVICE) < 0.9
+    valid[1, 0, k // 2 :] = False
+    for every, allowed in ((torch.ones((), dtype=torch.bool, device=DEVICE), False), (valid, True)):
+        ids, counts = top(scores, k, every)
+        unordered, same = top(scores, k, every, ordered=False)
+        ranked = scores.masked_fill(~valid, float("-inf")) if allowed else scores
+        want = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
+        assert torch.equal(counts, every.expand_as(scores).sum(-1).clamp(max=k)) and torch.equal(counts, same)
+        for row in range(6):
+            i, count = (row // 3, row % 3), int(counts[row // 3, row % 3])
+            assert torch.equal(ids[i][:count].long(), want[i][:count])
+            assert torch.equal(unordered[i][:count].sort().values.long(), want[i][:count].sort().values)
 
 
 @pytest.mark.parametrize(("size", "dim", "both"), [(16, 64, True), (3, 96, True), (1, 64, False)])

@@ -43,9 +43,9 @@ VOTES = torch.tensor([[0.25, 0.5, 0.05, 0.65, 0.25, 0.15, 0.4, 0.7], [0.7, 0.65,
         (pooled(reduced(VOTES, 1, "per_q_head"), 3, "max"), [[2, 6, 7], [0, 1, 2]]),
     ],
 )
-def test_golden_votes(scores, want):
+def test_golden_votes(backend, scores, want):
     """Reducing before or after pooling, and the tie rule: (0, 1, 2) are all .575, (2, 6, 7) all .65."""
-    assert best(scores.half().float(), 3).tolist() == want
+    assert best(kernels(backend, DEVICE), scores.half().float().to(DEVICE), 3).tolist() == want
 
 
 def test_golden_snapkv_pipeline(backend):
@@ -87,8 +87,8 @@ def test_golden_pyramid_schedules():
 def test_golden_tova():
     weights = torch.tensor([[0.30, 0.05, 0.25, 0.30, 0.10], [0.02, 0.38, 0.20, 0.35, 0.05]]).mean(0, keepdim=True)
     torch.testing.assert_close(weights, torch.tensor([[0.16, 0.215, 0.225, 0.325, 0.075]]))
-    assert tova.kept(weights, 3, 0).tolist() == [[1, 2, 3]]
-    assert tova.kept(weights, 3, 1).tolist() == [[2, 3, 4]]
+    assert tova.kept(kernels("torch"), weights, 3, 0).tolist() == [[1, 2, 3]]
+    assert tova.kept(kernels("torch"), weights, 3, 1).tolist() == [[2, 3, 4]]
 
 
 class Told:
@@ -113,7 +113,7 @@ def test_golden_h2o():
     sums = torch.tensor([row + [0] * (5 - len(row)) for row in rows]).sum(0, keepdim=True)
     torch.testing.assert_close(sums, torch.tensor([[2.6, 0.7, 0.9, 0.6, 0.2]]))
     ledger = Ledger(shape)
-    method.begin(shape, None, ledger)
+    method.begin(shape, kernels("torch"), ledger)
     cache = type("Cache", (), {"host_lengths": [5], "lengths": torch.tensor([5], dtype=torch.int32)})()
     method.after_prefill(0, 0, PromptQueries(None, None, 5, sums), cache)
     assert method.survivors.ids[0, 0, 0, :4].tolist() == [0, 2, 3, 4]

@@ -18,6 +18,7 @@ import re
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -85,12 +86,7 @@ class Leases:
             self.release(part)
         self._worker.unlink(missing_ok=True)
         os.close(self._file)
-        with contextlib.suppress(OSError):  # another process still needs the folder, or cleared it away as well
-            for path in self.folder.iterdir():
-                if not self.alive(path):
-                    path.unlink(missing_ok=True)
-            self.folder.rmdir()
-            self.last = True
+        self.last = clear(self.folder, self.alive)
 
     def _register(self) -> int:
         """The worker's file, which appears under its name with the lock already held. Returns its descriptor."""
@@ -127,6 +123,23 @@ class Leases:
             self.folder.mkdir(exist_ok=True)
             return []
         return sorted(int(n) for name, _, n in (name.rpartition(".") for name in names) if name == part and n.isdecimal())
+
+
+def clear(folder: Path, alive: Callable[[Path], bool]) -> bool:
+    """Clear away what dead workers left. Returns whether that was all, and with it the folder is gone."""
+    try:
+        for path in folder.iterdir():
+            if not alive(path):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:  # another process still needs the folder, or cleared it away as well
+        return False
+    return True
+
+
+def leftovers(run: Path) -> bool:
+    """Clear away the leases of a finished run whose last worker died before it could. As ``clear``; who may live on another machine, stays."""
+    return clear(run / "leases", lambda path: look(path)[0] is not False)
 
 
 def look(path: Path) -> tuple[bool | None, dict]:

@@ -24,7 +24,7 @@ from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers, out_of_memory
-from macbench.leases import Leases
+from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
 from macbench.models.fingerprint import weights_sha256
@@ -79,6 +79,8 @@ def run(cfg: DictConfig) -> int:
             log.figures(directory.path)
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
+        if leftovers(directory.path):
+            directory.tidy()
         table = report(directory, plan)
     for note in budget.misses(table, plan.variants):
         print(f"macbench: note: {note}", file=sys.stderr)

@@ -64,6 +64,19 @@ def test_a_process_makes_what_no_other_has_and_waits_for_the_rest(macbench, tiny
     assert slept == [3, 3, 3] and len(samples(tmp_path)) == 4 and not (run / "leases").exists()
 
 
+def test_a_worker_that_dies_after_the_last_example_leaves_nothing(macbench, tiny_args, tmp_path):  # noqa: F811
+    """Nothing is left to compute, so that nobody takes leases any more; the next command clears away all the same."""
+    args = [*tiny_args, "method=full", "limit=1"]
+    assert macbench(*args)[0] == 0
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    dead = Leases(run)
+    assert dead.claim(part_name("niah_single_1", "0"))
+    (run / "samples" / ".writing-part").touch()
+    assert macbench(*args)[0] == 0 and (run / "leases").exists() and (run / "samples" / ".writing-part").exists()
+    os.close(dead._file)  # the kernel lets go of a dead process's lock
+    assert macbench(*args)[0] == 0 and not (run / "leases").exists() and not (run / "samples" / ".writing-part").exists()
+
+
 def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
     """A copy of this run appears after this command looked what there is: all of it is taken as it is."""
     args = [*tiny_args, "method=full", "limit=3"]

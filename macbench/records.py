@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
-from macbench.files import SCRATCH, write_whole
+from macbench.files import SCRATCH, write_in_order
 from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
@@ -126,7 +126,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole."""
-        self._whole(self.path / name, lambda file: file.write(redact(text).encode()))
+        self._whole([(self.path / name, redact(text).encode())])
 
     def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
         """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata.
@@ -135,14 +135,16 @@ class RunDirectory:
         """
         name = part + ".parquet"
         metadata = {"macbench": redact(json.dumps(environment))}
+        files = []
         for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
             schema = SCHEMAS[table].with_metadata(metadata)
             data = pa.Table.from_pylist(tables[table], schema=schema) if table == "samples" else _stacked(tables[table], schema)
-            self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
+            files.append((self.path / table / name, _encoded(data)))
+        self._whole(files)
 
-    def _whole(self, target: Path, write) -> None:
+    def _whole(self, files: list[tuple[Path, bytes | memoryview]]) -> None:
         try:
-            write_whole(target, write)
+            write_in_order([(target, lambda file, content=content: file.write(content)) for target, content in files])
         except OSError as error:
             raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
 
@@ -190,6 +192,13 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None, c
     if not frames:
         return pd.DataFrame(columns=columns or SCHEMAS[table].names)
     return pd.concat(frames, ignore_index=True)
+
+
+def _encoded(data: pa.Table) -> memoryview:
+    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries of numbers would cost time and space."""
+    file, texts = pa.BufferOutputStream(), [column.name for column in data.schema if column.type == pa.string()]
+    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+    return memoryview(file.getvalue())
 
 
 def _stacked(blocks: list[dict], schema: pa.Schema) -> pa.Table:

@@ -299,9 +299,9 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: _rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
-                if work.made(place):
-                    continue  # by who took the lease over from a process that slept too long
                 tables = records(engine, task, variants, example, answered, directory.run_id)
+                if leases.lost(work.left[place]) or work.made(place):
+                    continue  # who took it over, while this process slept too long, makes it or has made it
                 directory.write_example(work.left[place], tables, facts)
                 partial.clear(directory.path, example)
                 log.example(tables["samples"])

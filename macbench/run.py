@@ -27,10 +27,10 @@ from macbench.generate import Answer, answers, out_of_memory
 from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
-from macbench.models.fingerprint import weights_sha256
+from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.records import KEY, RunDirectory, config_hash, read_table
-from macbench.redact import redact
+from macbench.redact import by_name, redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> int:
     if work:
         model = load(cfg.model, plan.device, plan.chat, cache_bytes(cfg, plan))
         engine = make_engine(cfg, plan.layer, plan.ctx, model)
-        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
         for note in environment.continued(directory.path, facts):
             print(f"macbench: note: {note}", file=sys.stderr)
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -430,6 +430,8 @@ def main() -> None:
             sys.exit(experiment.main(sys.argv[1:], run))
         sys.argv[1:] = cli.normalise(sys.argv[1:])
         folder = cli.check(sys.argv[1:])
+        if folder is not None:
+            sys.argv[1:] = map(by_name, sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,9 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from macbench import environment, merge, status, verify
 from macbench.leases import Leases
+from macbench.models import fingerprint
 from macbench.records import SCHEMAS, part_name
 from tests import kills
 from tests.test_cli import macbench  # noqa: F401
@@ -151,6 +153,24 @@ def test_other_weights_are_another_run(run, again, macbench):  # noqa: F811
     (run / "environment.json").write_text(json.dumps(facts | {"weights_sha256": "0" * 64}))
     code, _, err = macbench(*again, "limit=5")
     assert code == 2 and "other weights" in err and err.count("\n") == 1
+
+
+def test_another_configuration_or_tokenizer_is_another_run(run, again, macbench, made, tmp_path):  # noqa: F811
+    """The weights are the same; what they mean is not. A folder elsewhere with the same files is the same model."""
+    shutil.copytree(made[0].parent / "model", tmp_path / "model")
+    model = OmegaConf.create({"path": str(tmp_path / "model")})
+    facts = json.loads((run / "environment.json").read_text())
+    before = {key: facts[key] for key in ("weights_sha256", "model_sha256")}
+    assert fingerprint.hashes(model) == before
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        content = (tmp_path / "model" / name).read_text()
+        (tmp_path / "model" / name).write_text(content + "\n")
+        after = fingerprint.hashes(model)
+        assert after["weights_sha256"] == before["weights_sha256"] and after["model_sha256"] != before["model_sha256"]
+        (tmp_path / "model" / name).write_text(content)
+    (run / "environment.json").write_text(json.dumps(facts | after))
+    code, _, err = macbench(*again, "limit=5")
+    assert code == 2 and "tokenizer" in err and err.count("\n") == 1
 
 
 # -- status -----------------------------------------------------------------------------------------------------------

@@ -87,11 +87,23 @@ SCHEMAS = {
     ),
 }
 KEY = ["method", "variant", "subtask", "example_id"]
+# Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
+PACKED = "part-all"
 
 
 def config_hash(config: dict) -> str:
     """Eight hex digits of a resolved configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def placeless(model: dict) -> dict:
+    """A model's settings without where its files lie and how they are spread: a file whose hash is fixed is the same one anywhere."""
+    found = {key: value for key, value in model.items() if key != "device_map"}
+    if found.get("gguf_sha256"):
+        found["gguf"] = None
+    if found.get("adapter_sha256"):
+        found["adapter"] = Path(found["adapter"]).name
+    return found
 
 
 def find_runs(root: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import time
 
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
@@ -29,7 +28,8 @@ from macbench.models import placement
 from macbench.models.chat import Chat
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
-from macbench.records import KEY, RunDirectory, config_hash, read_table
+from macbench.progress import rate
+from macbench.records import KEY, RunDirectory, config_hash, placeless, read_table
 from macbench.redact import by_name, redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
@@ -261,7 +261,7 @@ def identity(cfg: DictConfig, plan: Plan) -> dict:
     config = OmegaConf.to_container(cfg, resolve=True)
     found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
     found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
-    found["model"] = {key: value for key, value in found["model"].items() if key != "device_map"}
+    found["model"] = placeless(found["model"])
     return found
 
 
@@ -297,7 +297,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             bar.update(bar.total - len(work) - bar.n)  # others' as well
             bar.set_description(group[0][0])
             examples = [plan.example(*place) for place in group]
-            made = answers(engine, model, task, variants, examples, directory.path, lambda stage: _rate(bar, stage), follow)
+            made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
                 tables = records(engine, task, variants, example, answered, directory.run_id)
                 if leases.lost(work.left[place]) or work.made(place):
@@ -342,18 +342,6 @@ def _mark_divergence(rows: list[dict], variants: list[Variant], texts: dict[int,
         if full is not None and i in texts and texts[i] != full:
             shorter = min(len(full), len(texts[i]))
             row["first_divergence"] = next((j for j in range(shorter) if full[j] != texts[i][j]), shorter)
-
-
-def _rate(bar: tqdm, stage: str):
-    """Progress callback that shows tokens per second of a stage beside the bar."""
-    began, tokens = time(), 0
-
-    def progress(count: int) -> None:
-        nonlocal tokens
-        tokens += count
-        bar.set_postfix_str(f"{stage} {tokens} tok, {tokens / max(time() - began, 1e-9):.0f} tok/s", refresh=tokens == count)
-
-    return progress
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""status, verify and merge on real runs of a tiny model."""
+"""status, verify, merge and pack on real runs of a tiny model."""
 
 import json
 import os
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from macbench import environment, merge, status, verify
+from macbench import environment, merge, pack, status, verify
 from macbench.leases import Leases
 from macbench.models import fingerprint
-from macbench.records import SCHEMAS, part_name
+from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
 from tests import kills
 from tests.test_cli import macbench  # noqa: F401
 
@@ -260,3 +261,72 @@ def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
     assert before == {p: p.read_bytes() for p in copied.rglob("*.parquet")}
     if worker:
         worker.close()
+
+
+# -- pack -------------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, how) -> None:
+    pq.write_table(how(pq.read_table(path)), path)
+
+
+def test_a_packed_run_is_the_same_run(run, again, tmp_path, tool):
+    """One part a table, same rows, nothing left to compute; where the machine's folders were named, nothing is."""
+    before = read_table(run, "samples").sort_values(KEY, ignore_index=True)
+    code, out, err = tool(pack, tmp_path / "kept", run)
+    assert code == 0 and "as it should be" in out, out + err
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert [p.name for p in kept.rglob("*.parquet")] == ["part-all.parquet"] * 3
+    pd.testing.assert_frame_equal(read_table(kept, "samples").sort_values(KEY, ignore_index=True), before)
+    environment = json.loads((kept / "environment.json").read_text())
+    assert "host" not in environment and "runs_dir=DIR" in environment["command"]
+    metadata = pq.read_schema(kept / "steps" / "part-all.parquet").metadata[b"macbench"].decode()
+    runs_dir = next(a for a in again if a.startswith("runs_dir=")).removeprefix("runs_dir=")
+    assert all(runs_dir not in text for text in (metadata, (kept / "config.yaml").read_text(), (kept / "environment.json").read_text()))
+    args = [a for a in again if not a.startswith("runs_dir=")]
+    done = subprocess.run([sys.executable, "-m", "macbench.run", *args, f"runs_dir={tmp_path / 'kept'}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing left to compute" in done.stderr
+    assert tool(pack, tmp_path / "kept", run)[0] == 2  # never over what is there
+
+
+def test_runs_of_earlier_versions_can_be_packed(run, tmp_path, tool):
+    """Columns that did not exist are null, what was asked follows from the rows, steps that were left out are said to be."""
+    for path in (run / "samples").glob("*.parquet"):
+        change(path, lambda data: data.drop_columns(["rho_page", "output_error"]))
+    for path in (run / "steps").glob("*.parquet"):
+        change(path, lambda data: data.filter(pc.equal(data["method"], "mac")))
+    (run / "asked.json").unlink()
+    assert tool(verify, run, "examples=0")[0] == 1
+    code, out, err = tool(pack, tmp_path / "kept", run)
+    assert code == 0, out + err
+    assert "samples had no rho_page, output_error" in out and "had the steps of mac alone" in out and "had no asked.json" in out
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert read_table(kept, "samples").rho_page.isna().all() and set(read_table(kept, "steps").method) == {"mac"}
+    steps = kept / "steps" / "part-all.parquet"
+    change(steps, lambda data: data.slice(1))
+    code, out, _ = tool(verify, kept, "examples=0")
+    assert code == 1 and "is not the sum of its steps" in out
+
+
+def test_a_folder_of_the_machine_leaves_the_name(run, tmp_path, tool):
+    """Where the weights' file lay was part of names once; its hash says what it holds."""
+    environment = json.loads((run / "environment.json").read_text())
+    identity = environment["identity"] | {"model": environment["identity"]["model"] | {"gguf": "/somewhere/x.gguf"}}
+    name = f"mac-{config_hash(identity | {'protocol': environment['protocol']})}"
+    (run / "environment.json").write_text(json.dumps(environment | {"identity": identity}))
+    code, out, _ = tool(pack, tmp_path / "kept", run.rename(run.with_name(name)))
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert code == 0 and f"was {name}" in out and kept.is_dir() and set(read_table(kept, "layers").run_id) == {run.name}
+
+
+@pytest.mark.parametrize("what", ["no run", "two versions", "a foreign column"])
+def test_what_cannot_be_packed(run, tmp_path, tool, what):
+    if what == "no run":
+        (run / "environment.json").unlink()
+    path = min((run / "samples").glob("*.parquet"))
+    if what == "two versions":
+        change(path, lambda data: data.replace_schema_metadata({"macbench": json.dumps({"device": "abacus"})}))
+    if what == "a foreign column":
+        change(path, lambda data: data.append_column("x", pa.array(range(len(data)))))
+    code, _, err = tool(pack, tmp_path / "kept", run)
+    assert code == 2 and err.count("\n") == 1 and not any((tmp_path / "kept").rglob("*.parquet"))

@@ -86,6 +86,12 @@ SCHEMAS = {
         ]
     ),
 }
+# Columns that earlier versions of the schemas did not have yet.
+_LATER = {
+    "samples": {"question_steps", "setup_s", "bytes_pre", "rho_page", "output_error", "meta"},
+    "steps": set(),
+    "layers": {"output_error"},
+}
 KEY = ["method", "variant", "subtask", "example_id"]
 # Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
 PACKED = "part-all"
@@ -104,6 +110,26 @@ def placeless(model: dict) -> dict:
     if found.get("adapter_sha256"):
         found["adapter"] = Path(found["adapter"]).name
     return found
+
+
+def foreign(path: Path, data: pa.Table) -> str | None:
+    """What rows of a part, by their keys, say against its place <run>/<table>/<part>.parquet; None if nothing does."""
+    examples = set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True))
+    if path.stem != PACKED and {part_name(*example) for example in examples} - {path.stem}:
+        return "holds rows of another example"
+    if {*data["run_id"].to_pylist()} - {path.resolve().parents[1].name}:
+        return "holds rows of another run"
+    return None
+
+
+def completed(data: pa.Table, table: str) -> pa.Table | None:
+    """A part of an earlier version of the schema with nulls for what came later; None if it is no such part."""
+    kinds = lambda schema: [(field.name, str(field.type).replace("element", "item")) for field in schema]  # noqa: E731  (parquet's own name)
+    now, names = SCHEMAS[table], set(data.schema.names)
+    if set(now.names) - names - _LATER[table] or kinds(data.schema) != kinds([field for field in now if field.name in names]):
+        return None
+    columns = [data[field.name].cast(field.type) if field.name in names else pa.nulls(len(data), field.type) for field in now]
+    return pa.Table.from_arrays(columns, schema=now.with_metadata(data.schema.metadata))
 
 
 def find_runs(root: Path) -> Iterator[Path]:

@@ -129,6 +129,18 @@ def test_changed_identity_and_schema_are_found(run, tool):
     assert "another schema" in tool(verify, run, "examples=0")[1]
 
 
+def test_an_earlier_schema_is_checked_by_its_own_columns(run, tool):
+    """As before columns were added, and before a run kept what it was asked; a column that was always there may not be missing."""
+    for table, names in (("samples", ["question_steps", "bytes_pre", "rho_page", "output_error"]), ("layers", ["output_error"])):
+        for path in (run / table).iterdir():
+            pq.write_table(pq.read_table(path).drop_columns(names), path)
+    (run / "asked.json").unlink()
+    code, out, _ = tool(verify, run, "examples=2", "device=cpu")
+    assert code == 0 and "layers were written under an earlier schema, without output_error" in out and "made again" in out, out
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(tokens_phys=1))
+    assert tool(verify, run, "examples=0")[0] == 1
+
+
 def test_a_text_that_no_model_wrote_is_found(run, tool):
     """Consistent in itself; only making the example again shows it."""
     for part in (run / "samples").iterdir():
@@ -231,7 +243,7 @@ def test_a_failed_example_is_replaced_by_a_good_one_and_never_the_other_way(run,
     assert "0 taken, 4 kept" in tool(merge, tmp_path / "good", tmp_path / "runs")[1]
 
 
-@pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "cut", "busy", "itself", "nothing"])
+@pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "rows", "run", "cut", "busy", "itself", "nothing"])
 def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
     args = [made[0], tmp_path / "runs"]
     copied = tmp_path / "target"
@@ -246,6 +258,10 @@ def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
         pq.write_table(pq.read_table(part).drop_columns(["kl_mean"]), part)
     elif change == "name":
         run.rename(run.with_name("mac-00000000"))
+    elif change == "rows":  # of another example: taken under this name, they would be there twice
+        shutil.copy(sorted((run / "layers").iterdir())[1], sorted((run / "layers").iterdir())[0])
+    elif change == "run":
+        rewrite(sorted((run / "steps").iterdir())[0], lambda rows: [row.update(run_id="mac-00000000") for row in rows])
     elif change == "cut":
         first(run, "samples").write_bytes(b"PAR1")
     elif change == "busy":
@@ -255,6 +271,8 @@ def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
         args[1] = run
     else:
         args[1] = tmp_path / "no-such-folder"
+    if change in ("rows", "run"):
+        shutil.rmtree(copied)
     before = {p: p.read_bytes() for p in copied.rglob("*.parquet")}
     code, _, err = tool(merge, *args)
     assert code == 2 and err.count("\n") == 1 and err.startswith("macbench: "), err

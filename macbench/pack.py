@@ -15,7 +15,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
@@ -64,7 +63,7 @@ def pack(run: Path, target: Path) -> Path:
         directory.write_text(asked.FILE, asked.read(run).text())
     else:
         done.append(f"had no {asked.FILE}: what was asked is what its rows answer")
-        directory.write_text(asked.FILE, _asked(tables["samples"].to_pandas()).text())
+        directory.write_text(asked.FILE, asked.answered(tables["samples"].to_pandas()).text())
     environment = {key: value for key, value in environment.items() if key != "host"} | {"packed": done or ["one part per table"]}
     directory.write_text("environment.json", hide(json.dumps(environment, indent=1)) + "\n")
     directory.write_text("config.yaml", hide(OmegaConf.to_yaml(config)))
@@ -114,12 +113,6 @@ def _table(run: Path, table: str, done: list[str]) -> pa.Table:
     if len(makers) > 1:
         raise ConfigError("RUN", run, f"was made by {len(makers)} versions or machines ({'; '.join(sorted(makers))}); only one can be packed")
     return pa.concat_tables(parts).replace_schema_metadata({"macbench": metadata or b"{}"})
-
-
-def _asked(samples: pd.DataFrame) -> asked.Asked:
-    counts = samples.groupby("subtask", sort=False).example_id.nunique()
-    variants = samples[["method", "variant"]].drop_duplicates()
-    return asked.Asked({subtask: int(number) for subtask, number in counts.items()}, variants.values.tolist())
 
 
 def _json(path: Path) -> dict:

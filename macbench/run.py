@@ -26,11 +26,11 @@ from macbench.generate import Answer, answers, out_of_memory
 from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
-from macbench.models.fingerprint import weights_sha256
+from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
 from macbench.records import KEY, RunDirectory, config_hash, placeless, read_table
-from macbench.redact import redact
+from macbench.redact import by_name, redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> int:
     if work:
         model = load(cfg.model, plan.device, plan.chat, cache_bytes(cfg, plan))
         engine = make_engine(cfg, plan.layer, plan.ctx, model)
-        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
         for note in environment.continued(directory.path, facts):
             print(f"macbench: note: {note}", file=sys.stderr)
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -299,9 +299,9 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
-                if work.made(place):
-                    continue  # by who took the lease over from a process that slept too long
                 tables = records(engine, task, variants, example, answered, directory.run_id)
+                if leases.lost(work.left[place]) or work.made(place):
+                    continue  # who took it over, while this process slept too long, makes it or has made it
                 directory.write_example(work.left[place], tables, facts)
                 partial.clear(directory.path, example)
                 log.example(tables["samples"])
@@ -418,6 +418,8 @@ def main() -> None:
             sys.exit(experiment.main(sys.argv[1:], run))
         sys.argv[1:] = cli.normalise(sys.argv[1:])
         folder = cli.check(sys.argv[1:])
+        if folder is not None:
+            sys.argv[1:] = map(by_name, sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)

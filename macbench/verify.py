@@ -19,7 +19,7 @@ from macbench import asked
 from macbench.counting import TOTALS
 from macbench.environment import label
 from macbench.errors import FOREIGN, ConfigError, one_line
-from macbench.records import KEY, PACKED, SCHEMAS, config_hash, find_runs, part_name
+from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
@@ -30,10 +30,11 @@ _SHOWN = 20
 
 @dataclass
 class Findings:
-    """``wrong``: what must not be. ``notes``: what one should know."""
+    """``wrong``: what must not be. ``notes``: what one should know. ``earlier``: columns that an earlier version of a table's schema lacks."""
 
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    earlier: dict[str, set[str]] = field(default_factory=dict)
 
     def text(self) -> str:
         """A verdict in its line, what is wrong below it, then the notes."""
@@ -55,10 +56,11 @@ def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") ->
     tables, versions = _parts(run, found)
     if len(versions) > 1:
         found.notes.append(f"was made by {len(versions)} versions or machines: " + "; ".join(f"{v} ({n} examples)" for v, n in versions.items()))
+    found.notes += [f"{table} were written under an earlier schema, without {', '.join(sorted(names))}" for table, names in found.earlier.items()]
     if found.wrong:
         return found  # the rest would only repeat it
     _sums(tables, environment.get("steps_of"), found)
-    wanted = asked.read(run)
+    wanted = asked.read(run) if (run / asked.FILE).exists() or not found.earlier else asked.answered(tables["samples"])
     _complete(tables["samples"], wanted, found)
     _summary(run, wanted, found)
     if examples:
@@ -89,19 +91,20 @@ def _parts(run: Path, found: Findings) -> tuple[dict[str, pd.DataFrame], dict[st
             except (OSError, pa.ArrowException) as error:
                 found.wrong.append(f"{path} cannot be read ({one_line(error)})")
                 continue
-            if not data.schema.equals(schema):
+            whole = data if data.schema.equals(schema) else completed(data, table)
+            if whole is None:
                 other = {*zip(data.schema.names, data.schema.types, strict=True)} ^ {*zip(schema.names, schema.types, strict=True)}
                 found.wrong.append(f"{path} has another schema (columns {', '.join(sorted({str(column) for column, _ in other}))})")
                 continue
-            keys = set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True))
-            if len(keys) == 1 and path.stem not in (part_name(*next(iter(keys))), PACKED):
-                found.wrong.append(f"{path} holds rows of another example")
-            if {*data["run_id"].to_pylist()} - {run.resolve().name}:
-                found.wrong.append(f"{path} holds rows of another run")
+            if absent := [name for name in schema.names if name not in data.schema.names]:
+                found.earlier[table] = found.earlier.get(table, set()) | {*absent}
+            if said := foreign(path, whole):
+                found.wrong.append(f"{path} {said}")
             if table == "samples":
                 version = label((data.schema.metadata or {}).get(b"macbench"))
-                versions[version] = versions.get(version, 0) + len(keys)
-            frames.append(data.to_pandas())
+                examples = len(set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True)))
+                versions[version] = versions.get(version, 0) + examples
+            frames.append(whole.to_pandas())
         tables[table] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=schema.names)
     for name in sorted(names["samples"] - names["steps"] | names["samples"] - names["layers"]):
         found.wrong.append(f"{run / 'samples' / name} has no counterpart in steps or layers")
@@ -150,7 +153,8 @@ def _summary(run: Path, wanted: asked.Asked, found: Findings) -> None:
     samples = wanted.rows(run)
     table = summarise(samples, guesses(task, samples))
     if json.loads(table.to_json(orient="records")) != kept:
-        found.wrong.append("summary.json does not follow from the parts; the run's command writes it anew")
+        what = "summary.json does not follow from the parts; the run's command writes it anew"
+        (found.notes if found.earlier else found.wrong).append(what)  # an earlier version had another table, too
 
 
 def _place(row) -> str:

@@ -45,6 +45,46 @@ def test_sigterm_gives_the_leases_back(tmp_path):
     assert not [p for p in runs.rglob("*") if p.name.startswith(".")]
 
 
+def stoppable(args, log):
+    """A worker whose heartbeat counts as lost after half a second, and that stops itself as soon as it has made its first example."""
+    leases = run_module.Leases
+    run_module.Leases = lambda path: leases(path, beat=0.05, stale=0.5)
+    write, records = run_module.RunDirectory.write_example, run_module.records
+
+    def stops(*args):
+        made = records(*args)
+        if not log.with_suffix(".stopped").exists():
+            log.with_suffix(".stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return made
+
+    def written(self, part, *args):
+        with log.with_suffix(".written").open("a") as file:
+            file.write(f"{os.getpid()} {part}\n")
+        write(self, part, *args)
+
+    run_module.records, run_module.RunDirectory.write_example = stops, written
+    kills.work(args, log)
+
+
+def test_a_stopped_worker_is_taken_over_and_writes_nothing_twice(tmp_path):
+    context, log, runs = kills.forks(), tmp_path / "log", tmp_path / "runs"
+    args = kills.arguments(kills.tiny_model(tmp_path / "model"), runs, 6)
+    stopped = context.Process(target=stoppable, args=(args, log))
+    stopped.start()
+    deadline = time.time() + 120
+    while not log.with_suffix(".stopped").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    other = context.Process(target=stoppable, args=(args, log))
+    other.start()
+    assert kills.finish([other], 120) == [0] and kills.parts(runs) == 6
+    assert list(runs.rglob("leases/worker-*"))  # of the stopped one, which lives
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert kills.finish([stopped], 60) == [0] and not list(runs.rglob("leases"))
+    written = [line.split() for line in log.with_suffix(".written").read_text().splitlines()]
+    assert len({part for _, part in written}) == len(written) == 6 and {int(pid) for pid, _ in written} == {other.pid}
+
+
 def test_a_process_makes_what_no_other_has_and_waits_for_the_rest(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
     """Another worker holds one of three examples and dies while this one waits."""
     args = [*tiny_args, "method=full"]

@@ -180,6 +180,26 @@ def test_targets_of_a_batch(mixture):
     assert [FAMILIES[f] for f in batch.family] == [s.family for s in sequences for _ in s.answers]
 
 
+def test_the_first_of_many_questions_keeps_its_share(mixture):
+    sequence = made(mixture, "noise", 1, 32768)
+    assert len(sequence.answers) > 20
+    batch = collate([sequence], np.zeros((1, 32768)), 32768, mixture.dialogue.eos)
+    assert batch.weights[batch.question == 0].sum() == pytest.approx(0.25, rel=0.1)  # answers differ by a few tokens
+
+
+def test_a_needle_may_open_the_text(mixture):
+    texts = [decode(made(mixture, "multivalue", seed, single=True).ids) for seed in range(60)]
+    opened = [text for text in texts if "afterwards.\n One of the special magic" in text]
+    assert 1 <= len(opened) <= 20  # four of forty depths: 6 are expected
+
+
+def test_parts_of_a_step_are_its_rows(mixture):
+    whole, part = mixture.batch(3, 1024, 4), mixture.batch(3, 1024, 2, first=2)
+    np.testing.assert_array_equal(whole.ids[2:], part.ids)
+    rows = [regular.make(mixture.dialogue, mixture.text, 0, 3, 1024, part=part).ids for part in (0, 1)]
+    assert (rows[0] != rows[1]).any()
+
+
 def test_stretched_positions():
     for seed in range(50):
         positions = stretched(LENGTH, 3000, np.random.default_rng(seed))

@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
         header = lora.Header(spec.gguf_sha256, args.rope_theta, POSITIONS, probe.scale)
         with backend.fastest(network):
             train(probe, header, stream, group, args, out, started)
+        if group.leads:
+            adapter = out / "adapter.safetensors"
+            print(json.dumps({"adapter": str(adapter), "sha256": lora.sha256(adapter)}))
     finally:
         stream.close()
         group.close()
@@ -178,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"adapter": str(Path(args.out) / "adapter.safetensors"), "sha256": lora.sha256(Path(args.out) / "adapter.safetensors")}))
     return 0
 
 

@@ -21,8 +21,10 @@ _EXAMPLE = ["task", "ctx", "subtask", "example_id"]
 
 def scores(root: Path) -> pd.Series:
     """Full attention's score by task, ctx, subtask and example in all runs below ``root``; where several have an example, the first run's."""
-    columns = [*_EXAMPLE, "method", "score", "error"]
-    frame = pd.concat([pd.DataFrame(columns=columns), *(read_table(run, "samples", columns) for run in find_runs(root))])
+    runs, columns = list(find_runs(root)), [*_EXAMPLE, "method", "score", "error"]
+    if len(models := {run.resolve().parent.parent.name for run in runs}) > 1:
+        raise ConfigError("RUN", root, f"holds runs of several models ({', '.join(sorted(models))}); name the folder of one")
+    frame = pd.concat([pd.DataFrame(columns=columns), *(read_table(run, "samples", columns) for run in runs)])
     frame = frame[(frame.method == REFERENCE) & frame.error.isna()].drop_duplicates(_EXAMPLE)
     if frame.empty:
         raise ConfigError("RUN", root, "holds no finished example of full attention")

@@ -112,6 +112,12 @@ def test_variables_are_those_that_hold_the_value(mixture):
             assert sorted(names.split()) == sorted(name for name, has in held.items() if has == value)
 
 
+def test_worked_examples_of_variable_tracking_differ(mixture):
+    texts = [decode(made(mixture, "vt", seed).ids).partition("Question:")[0] for seed in range(6)]
+    places = [tuple(i for i, line in enumerate(text.splitlines()) if line.startswith("VAR")) for text in texts]
+    assert all(len(place) == 5 for place in places) and len(set(places)) >= 4
+
+
 def test_words_that_are_counted(mixture):
     text = decode(made(mixture, "cwe").ids)
     listed = text.rpartition("Memorize the ones that appear most often.\n")[2]

@@ -11,7 +11,7 @@ import torch
 
 from macbench.errors import ConfigError
 from macbench.models import lora
-from macbench.probe import checkpoint, evaluate, train
+from macbench.probe import checkpoint, evaluate, regular, train
 from macbench.probe.group import Group
 from macbench.probe.mixture import Mixture, collate
 from macbench.probe.network import Probe
@@ -21,6 +21,13 @@ from tests import real
 from tests.probe.made import background, prose, tiny_llama
 
 HEADER = lora.Header("0" * 64, 1e6, 131072, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def few_positions(monkeypatch):
+    """The distance from the base model is measured at fewer positions: a whole vocabulary at each takes most of the time."""
+    monkeypatch.setattr(regular, "LAST", 16)
+    monkeypatch.setattr(regular, "OTHERS", 16)
 
 
 def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:

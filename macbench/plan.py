@@ -114,7 +114,7 @@ def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
     from macbench.models.weights import resolve_device
     from macbench.run import model_name
 
-    gpu = gpu and cfg.device == "auto" or resolve_device(cfg.device) != "cpu"
+    gpu = (gpu and cfg.device == "auto") or resolve_device(cfg.device) != "cpu"
     wanted, rows = "NVIDIA" if gpu else "cpu", []
     for root in dict.fromkeys([Path(cfg.runs_dir), Path("runs")]):
         for folder in {p.parent.parent for p in root.glob("**/samples/*.parquet")}:

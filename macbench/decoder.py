@@ -60,9 +60,8 @@ class Decoder:
             if preparation is not None and preparation.of(prompts, self.shape):
                 self.method.restore(preparation.state)
             else:
-                for layer in range(self.shape.layers):
-                    for request, prompt in enumerate(prompts):
-                        self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+                for request, prompt in enumerate(prompts):
+                    self.method.after_prompt(request, prompt.queries, self.cache)
                 if preparation is not None:
                     preparation.keep(prompts, self.shape, self.method)
         except BaseException:

@@ -107,11 +107,13 @@ def _step(method: Method, pool: PagePool, shape: Shape, ctx: int, generator: tor
         n = min(ctx - 1, method.prompt_queries)
         places = torch.arange(ctx - 1 - n, ctx - 1, device=shape.device)
         began = _now(shape.device)
-        for index in range(shape.layers):
-            for request in range(shape.batch):
+        for request in range(shape.batch):
+            queries = []
+            for _ in range(shape.layers):
                 q_pre = normal(1, shape.q_heads, n, shape.head_dim)
                 sums = torch.rand(shape.kv_heads, ctx - 1, device=shape.device) if method.prompt_column_sums else None
-                method.after_prefill(index, request, PromptQueries(q_pre, shape.rotate(q_pre, places), ctx - 1 - n, sums), cache)
+                queries.append(PromptQueries(q_pre, shape.rotate(q_pre, places), ctx - 1 - n, sums))
+            method.after_prompt(request, queries, cache)
         setup = _now(shape.device) - began
         q_pre = normal(shape.layers, shape.batch, shape.q_heads, shape.head_dim)
         q = shape.rotate(q_pre[..., None, :], torch.tensor([ctx - 1], device=shape.device))[..., 0, :].contiguous()

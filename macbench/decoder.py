@@ -62,7 +62,7 @@ class Decoder:
             else:
                 for layer in range(self.shape.layers):
                     for request, prompt in enumerate(prompts):
-                        self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+                        self.method.after_prefill(layer, request, prompt.queries[layer].to(self.shape.device), self.cache)
                 if preparation is not None:
                     preparation.keep(prompts, self.shape, self.method)
         except BaseException:

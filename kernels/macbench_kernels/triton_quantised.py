@@ -401,7 +401,7 @@ def attend_quantised(
         )  # fmt: skip
         slices, tile = merging(dim, batch * heads)
         _merge_pieces[(batch * heads, slices, 1)](
-            part, part_lse, before, out, lse, batch * heads, units, programs,
+            part, part_lse, before, out, lse, batch * heads, units, programs, programs, 1,
             group=group, dim=dim, COUNT=1, SLOTS=slots, EARLY=early, **tile, **launch_options(early),
         )  # fmt: skip
     return State(out, lse)

@@ -387,7 +387,7 @@ def protocol_card(facts: dict) -> str:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)
 
     def brief(value: object) -> bool:
-        return all(isinstance(n, int) for n in value.values()) if isinstance(value, dict) else not isinstance(value, list)
+        return bool(value) and all(isinstance(n, int) for n in value.values()) if isinstance(value, dict) else not isinstance(value, list)
 
     return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 

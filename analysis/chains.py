@@ -36,12 +36,12 @@ def make(records: Records, out: Path) -> list[Drawn]:
         style.line(axes, range(len(part)), zip(part["mean"], part.low, part.high, strict=True), label=label, **style.look(i))
     axes.set_yscale("log")
     axes.set_ylabel("relative L2 error")
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.16))
     below.bar(range(len(classes)), classes["count"] / classes["count"].sum(), color=style.COLOURS[0], width=0.6)
-    labels = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(classes.depth_low, classes.depth_high, strict=True)]
+    labels = [(f"{c.depth_low}" if c.depth_low == c.depth_high else f"{c.depth_low}-{c.depth_high}") + f"\n({c.texts})" for c in classes.itertuples()]
     below.set_xticks(range(len(classes)), labels)
-    below.set_xlabel("reuses that an output is built on")
+    below.set_xlabel("reuses that an output is built on (texts that have such outputs)")
     below.set_ylabel("share of hits")
     method = records.trace.facts["method"]
-    more = f"tau {method['tau']:g}, no bound on chains; queries are full attention's, so errors do not feed back; 95% interval over texts."
-    return [style.save(figure, out, NAME, TITLE, caption(records, more), "does not bound chains and reports nothing about their depth.")]
+    more = f"tau {method['tau']:g}, no bound on chains; queries are full attention's, so errors do not feed back; 95% interval over texts, "
+    more += "none where there is one; classes differ in their texts."
+    return [style.save(figure, out, NAME, TITLE, caption(records, more), "does not bound chains and reports nothing about their depth.", axes)]

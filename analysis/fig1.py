@@ -4,6 +4,7 @@ One picture per run. Left: score against bytes. Right: a row per method variant;
 label ever lies on another.
 """
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,8 +60,14 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
     title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
-    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side."
+    spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
+    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}"
     return style.save(figure, out, name, title, text, PAPER)
+
+
+def named(method: str, variant: str) -> str:
+    """A method variant for readers: its share of the bytes first, then what that came to for its own knob (which may be called budget, too)."""
+    return re.sub(r"^(\S+) budget=(\S+) (.+)", r"\1 at \2: \3", f"{method} {variant}".strip())
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,9 +135,10 @@ def differences(axes: Axes, rows: pd.DataFrame, styles: dict) -> None:
         axes.plot([centre], [place], linestyle="none", **look)
     if paired:
         axes.axvline(0, color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
-    names = [" ".join(filter(None, [row.method, row.variant])) for row in rows.itertuples()]
-    axes.set_yticks(range(len(rows)), [f"{n} ({rho:.3f})" for n, rho in zip(names, rows.rho_bytes, strict=True)], fontsize=6.5)
+    axes.set_yticks(range(len(rows)), [f"{named(row.method, row.variant)} ({row.rho_bytes:.3f})" for row in rows.itertuples()], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.yaxis.tick_right()
+    for label, method in zip(axes.get_yticklabels(), rows.method, strict=True):
+        label.set_fontweight("bold" if method == "mac" else "normal")
     axes.set_xlabel("difference to full attention, 95% interval" if paired else "score, ± one standard error")
     axes.grid(visible=False, axis="y")

@@ -40,11 +40,20 @@ def make(records: Records, out: Path) -> list[Drawn]:
         style.doubling(axes, sorted(part.gap_low))
         axes.set_title(label)
         axes.set_xlabel("gap in tokens (classes from one tick to the next)" if kind == "nearest" else "gap in tokens")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * table.high.fillna(table["mean"]).max())
     panels[1].annotate(f"tau = {method['tau']:g}", (0.99, method["tau"]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
     panels[0].set_ylabel("median L2 distance / sqrt(2 d)")
     panels[1].legend(loc="lower right")
-    return [style.save(figure, out, NAME, TITLE, caption(records, "Error bars: 95% interval over texts."), PAPER)]
+    return [
+        style.save(
+            figure,
+            out,
+            NAME,
+            TITLE,
+            caption(records, f"Gap {method['window']} is the ring's oldest entry alone. Error bars: 95% interval over texts."),
+            PAPER,
+        )
+    ]
 
 
 def caption(records: Records, more: str) -> str:

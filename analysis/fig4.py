@@ -35,20 +35,19 @@ def make(records: Records, out: Path) -> list[Drawn]:
     for axes, (quantile, label) in zip(panels, _QUANTILES.items(), strict=True):
         for tau, looks in zip(taus, style.shades(len(taus)), strict=True):
             part = table[(table.tau == tau) & (table["quantile"] == quantile)]
-            place = [bands.index(b) for b in part.band]
-            style.line(axes, place, zip(part["mean"], part.low, part.high, strict=True), label=f"tau = {tau:g}", **looks)
+            style.line(
+                axes, [bands.index(b) for b in part.band], zip(part["mean"], part.low, part.high, strict=True), label=f"tau = {tau:g}", **looks
+            )
         rounding = table.rounding.mean()
         axes.axhline(rounding, color=style.GREY, linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "full attention's output rounded to bf16", (0.99, rounding), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=6.5
-        )
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points", "ha": "right", "fontsize": 6.5}
+        axes.annotate("full attention's output rounded to bf16", (0.99, rounding), **place)
         axes.set_yscale("log")
         axes.set_xticks(range(len(bands)), [f"{b:g}" for b in bands])
         axes.set_xlabel("band width r in tokens")
         axes.set_title(f"{label} over heads, layers and steps")
     panels[0].set_ylabel("relative L2 error of the output")
-    panels[1].legend(ncols=2)
     more = (
         f"{table[table.band == bands[0]]['count'].max():,} matched pairs at the largest tau; each match has an exact state; 95% interval over texts."
     )
-    return [style.save(figure, out, NAME, TITLE, caption(records, more), PAPER)]
+    return [style.save(figure, out, NAME, TITLE, caption(records, more), PAPER, panels[0])]

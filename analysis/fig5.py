@@ -39,12 +39,13 @@ def make(records: Records, out: Path) -> list[Drawn]:
     window = min(windows, key=lambda w: abs(w - method["window"]))
     by_layer = rates(records, ["tau", "layer"], window=window)
     figure, (left, right) = plt.subplots(1, 2, figsize=(style.WIDTH, 2.6), sharey=True, layout="constrained", width_ratios=(1.5, 1))
-    for tau, looks in zip(taus, style.shades(len(taus)), strict=True):
+    for i, (tau, looks) in enumerate(zip(taus, style.shades(len(taus)), strict=True)):
         part = by_layer[by_layer.tau == tau]
         left.plot(part.layer, part["mean"], label=f"tau = {tau:g}", **looks | {"markersize": 2.5})
         left.fill_between(part.layer, part.low, part.high, color=looks["color"], alpha=0.12, linewidth=0)
         part = by_window[by_window.tau == tau]
-        style.line(right, part.window, zip(part["mean"], part.low, part.high, strict=True), **looks)
+        aside = 1.05 ** (i - (len(taus) - 1) / 2)  # so that bars do not lie on each other
+        style.line(right, part.window * aside, zip(part["mean"], part.low, part.high, strict=True), **looks)
     left.set_title(f"by layer, K = {window}")
     left.set_xlabel("layer")
     left.set_ylabel("share of (head, step) that hits")
@@ -56,11 +57,16 @@ def make(records: Records, out: Path) -> list[Drawn]:
     return [style.save(figure, out, NAME, TITLE, text, PAPER, left), heat(records, out, window)]
 
 
-def heat(records: Records, out: Path, window: int) -> Drawn:
-    """Hit rate per layer and head, a panel for each of three tau."""
+def by_head(records: Records, window: int) -> pd.DataFrame:
+    """Mean over texts of hits / steps: tau, layer, head, mean."""
     frame = records.traced("acceptance", ["layer", "head", "window", "tau", "steps", "hits"])
     frame = frame[frame.window == window].assign(mean=lambda f: f.hits / f.steps)
-    table = frame.groupby(["tau", "layer", "head"])["mean"].mean().reset_index()
+    return frame.groupby(["tau", "layer", "head"])["mean"].mean().reset_index()
+
+
+def heat(records: Records, out: Path, window: int) -> Drawn:
+    """Hit rate per layer and head, a panel for each of three tau."""
+    table = by_head(records, window)
     chosen = [t for t in sorted(table.tau.unique()) if 0.2 < t < 0.7][:3]
     figure, panels = plt.subplots(1, len(chosen), figsize=(style.WIDTH, 3.4), sharey=True, layout="constrained", squeeze=False)
     for axes, tau in zip(panels[0], chosen, strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis import style
 from analysis.fig6 import COLUMNS
@@ -42,6 +43,8 @@ def make(records: Records, out: Path) -> list[Drawn]:
             axes.errorbar(part.window, part.time_us, yerr=bars, label=layout, elinewidth=0.8, capsize=1.8, **style.look(i))
         style.doubling(axes, sorted(table.window.unique()))
         axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.set_title(f"batch {batch}")
         axes.set_xlabel("ring size K")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.records import Missing, Records
+from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.records import KEY
 
@@ -62,33 +62,45 @@ def drift(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Drawn:
         axes.set_ylim(0, None if column == "chain_mean" else 1.03)
     for axes in panels[1]:
         axes.set_xlabel("generated tokens")
-    what = f"{_name(run)}: MAC's texts of more than {_LONG:,} tokens, a point per {_WINDOW} steps, a line per text. "
-    what += "Nothing is matched below min_context visible tokens"
+    what = f"{_said(run)}: MAC's texts of more than {_LONG:,} tokens, a point per {_WINDOW} steps, a line per text, so no intervals. "
+    what += "Nothing is matched before min_context tokens are visible (2,048 unless a run says otherwise)"
     return style.save(figure, out, f"drift-{_name(run)}", "Drift over long generations", style.made([records.source(run)], what), "", panels[0][0])
 
 
-def latency(records: Records, out: Path) -> Drawn:
-    """Median, 5th to 95th percentile and 99th percentile of the latency of a step, by run and method; a GPU's runs where there are any."""
+def _said(run: Path) -> str:
+    """For readers; where several runs are of the same kind, their hashes tell them apart."""
+    return f"{run.parent.parent.name}, {run.parent.parent.parent.name}, ctx {style.tokens(int(run.parent.name))} ({run.name.rpartition('-')[2]})"
+
+
+def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
+    """Quantiles of the latency of a step in ms, by run and method; a GPU's runs where there are any; variants of a grid or budget left out."""
     sources = [records.source(run) for run in records.runs if any((run / "steps").glob("part-*.parquet"))]
     sources = [s for s in sources if "NVIDIA" in s.device] or sources
-    rows = []
+    rows, used = [], []
     for source in sources:
         steps = records.table(source.path, "steps", ["method", "variant", "latency_ms"])
-        for (method, variant), part in steps.groupby(["method", "variant"]):
+        for method, part in steps[steps.variant == ""].groupby("method"):
             quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
-            rows.append({"run": _name(source.path), "name": f"{method} {variant}".strip(), "n": len(part), **quantiles})
-    rows = [row for row in rows if " " not in row["name"]][:_ROWS]
+            rows.append({"run": _said(source.path), "method": method, "n": len(part), **quantiles})
+            used.append(source)
     if not rows:
         raise Missing("no run has step rows")
+    return pd.DataFrame(rows[:_ROWS]), list({s.path: s for s in used[:_ROWS]}.values())
+
+
+def latency(records: Records, out: Path) -> Drawn:
+    """Median, 5th to 95th percentile and 99th percentile of the latency of a step, by run and method."""
+    found, sources = latencies(records)
+    rows = found.to_dict("records")
     figure, axes = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
     for i, row in enumerate(rows):
-        colour = style.BLACK if row["name"] == "full" else style.COLOURS[0]
+        colour = style.BLACK if row["method"] == "full" else style.COLOURS[0]
         axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt", label="" if i else "5% to 95%")
         axes.plot(row["middle"], i, marker="o", linestyle="none", color=colour, label="" if i else "median")
         axes.plot(row["tail"], i, marker="|", linestyle="none", color=colour, markersize=7, label="" if i else "99%")
-    axes.set_yticks(range(len(rows)), [f"{row['run']}: {row['name']} ({row['n']:,})" for row in rows], fontsize=6.5)
+    axes.set_yticks(range(len(rows)), [f"{row['run']}: {row['method']}, {row['n']:,} steps" for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms per decode step of a batch")
-    what = "Until the tokens are on the host; in brackets: steps. Examples of a batch share a step; other work may have shared the machine"
+    what = "Until the tokens are on the host. Examples of a batch share a step; other work may have shared the machine. Without budgets and grids"
     return style.save(figure, out, "token_latency", "Latency of single tokens", style.made(sources, what), "", axes)

@@ -82,6 +82,14 @@ def facts(path: Path) -> dict:
         return {}
 
 
+def times_methods(path: Path) -> bool:
+    """Whether a file is one of ``macbench.attention methods``, by its schema; False of a damaged one."""
+    try:
+        return "bytes_counted" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+
+
 class Records:
     """Records below ``roots``. Where the same was measured on several machines, a GPU's count; of several runs, the last."""
 
@@ -113,16 +121,20 @@ class Records:
             raise Missing(f"{self.trace.path / table}.parquet is empty: no text was long enough")
         return frame.assign(unit=frame.task + "/" + frame.subtask + "/" + frame.example_id)
 
-    def benchmark(self, kind: str, columns: Iterable[str]) -> tuple[pd.DataFrame, list[Source]]:
-        """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these."""
-        sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet")]
+    def benchmark(self, kind: str, columns: Iterable[str], of_methods: bool = False) -> tuple[pd.DataFrame, list[Source]]:
+        """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these.
+
+        ``of_methods``: of files that time every method at one budget (macbench.attention methods), which
+        else are left out; of those the failed rows, too, whose ``error`` says why a method cannot read so little.
+        """
+        sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet") if times_methods(path) == of_methods]
         gpu = any("NVIDIA" in s.device for s in sources)
         # A file that says nothing of its device is damaged, most likely, and then that is to be said.
         chosen, frames, damaged = [s for s in sources if not gpu or "NVIDIA" in s.device or not s.facts], [], []
         for i, source in enumerate(chosen):
             try:
                 frame = read(source.path, [*columns, "error"])
-                frames.append(frame[frame.error.isna()].assign(file=i))
+                frames.append(frame[frame.error.isna() | of_methods].assign(file=i))
             except Missing as lack:
                 damaged.append(str(lack))
         if not frames:

@@ -8,6 +8,7 @@ from analysis.style import Drawn
 
 MISSING = "–"
 _ESCAPES = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "–": "--", "≥": r"$\geq$"}
+_ESCAPES |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", "µ": r"$\mu$"}
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -17,14 +18,22 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def latex(frame: pd.DataFrame, caption: str) -> str:
-    """A booktabs table."""
+    """A table by booktabs, no wider than the text by graphicx."""
 
     def escape(text: object) -> str:
         return "".join(_ESCAPES.get(c, c) for c in str(text))
 
     rows = [" & ".join(map(escape, row)) + r" \\" for row in [frame.columns, *frame.itertuples(index=False)]]
-    head = [r"\begin{table}", r"\centering\small", r"\begin{tabular}{" + "l" * frame.shape[1] + "}", r"\toprule"]
-    tail = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
+    fit = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"
+    head = [
+        "% needs booktabs and graphicx",
+        r"\begin{table}",
+        r"\centering\small",
+        fit,
+        r"\begin{tabular}{" + "l" * frame.shape[1] + "}",
+        r"\toprule",
+    ]
+    tail = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
     return "\n".join([*head, rows[0], r"\midrule", *rows[1:], *tail]) + "\n"
 
 

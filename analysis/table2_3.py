@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import style, table
+from analysis.fig1 import named
 from analysis.records import Missing, Records
 from analysis.style import Drawn
+from analysis.table1 import scored
 
 NAME = "table2_3"
 TITLE = "Tables 2 and 3: Quest, RocketKV and Multipole, accuracy and latency"
@@ -41,7 +43,8 @@ def make(records: Records, out: Path) -> list[Drawn]:
     for method in METHODS:
         for r in found[found.method == method].sort_values("rho_bytes").itertuples():
             interval = table.MISSING if pd.isna(r.difference_low) else f"{r.difference:+.3f} [{r.difference_low:+.3f}, {r.difference_high:+.3f}]"
-            row = {"method": method, "variant": r.variant or table.MISSING, "n": f"{r.examples:.0f}", "score": f"{r.score:.3f} ± {r.score_se:.3f}"}
+            row = {"method": method, "variant": named(method, r.variant).removeprefix(method).strip() or table.MISSING, "n": f"{r.examples:.0f}"}
+            row["score"] = scored(r.score, r.score_se)
             row |= {
                 "difference [95%]": interval,
                 "rho_bytes": f"{r.rho_bytes:.3f}",

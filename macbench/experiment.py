@@ -43,9 +43,9 @@ def located(overrides: list[str], data: Path | None) -> list[str]:
         return []
     task = next(o.partition("=")[2] for o in overrides if o.startswith("task="))
     keys = {"task": task}
-    if task == "trace":  # longgenbench is no source of it unless the preset says so
-        keys = {"task.sources.ruler": "ruler"}
-        keys |= {"task.sources.longgenbench": "longgenbench"} if any("longgenbench=" in o for o in overrides) else {}
+    if task == "trace":  # RULER is a source of it always, others where the preset says so
+        others = [name for name in ("longbench_v2", "longgenbench") if any(o.startswith(f"task.sources.{name}=") for o in overrides)]
+        keys = {f"task.sources.{name}": name for name in ("ruler", *others)}
     return [f"++{key}.data_path={data / name}" for key, name in keys.items() if (data / name).is_dir()]
 
 
@@ -79,7 +79,7 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
             try:
                 cfg = configuration(overrides)
                 if dry:
-                    print(plan.describe(cfg, load(name).get("pace", {}).get(scale)))
+                    print(plan.describe(cfg, load(name).get("pace", {}).get(scale), gpu=scale != "cpu"))
                 else:
                     worst = max(worst, run(cfg))
             except ConfigError as error:

@@ -27,16 +27,17 @@ class Plan:
         return sum(not there for _, there in self.cells)
 
 
-def describe(cfg: DictConfig, pace: float | None) -> str:
-    """A few lines of text. ``pace``: measured seconds per cell, for tasks whose records do not tell."""
+def describe(cfg: DictConfig, pace: float | None, gpu: bool = False) -> str:
+    """A few lines of text. ``pace``: measured seconds per cell, for tasks whose records do not tell; ``gpu``: it is for one, even if none is here."""
     found = plan(cfg)
     lines = [f"   {'there  ' if there else 'missing'} {name}" for name, there in found.cells]
     if len(lines) > _SHOWN:
         lines = [*lines[: _SHOWN - 1], f"   ... {len(lines) - _SHOWN + 1} more"]
-    seconds, size, source = forecast(cfg, found, pace)
+    seconds, size, source = forecast(cfg, found, pace, gpu)
     cost = "nothing to do" if not found.missing else "no rate measured here: run one cell" if seconds is None else f"about {duration(seconds)}"
     disk = f", {size / 1e6:.2g} MB" if size and found.missing else ""
-    lines.append(f"   {len(found.cells)} cells, {len(found.cells) - found.missing} there, {found.missing} missing: {cost}{disk}{source}")
+    count = f"{len(found.cells)} cells, {len(found.cells) - found.missing} there, {found.missing} missing: {cost}{disk}{source}"
+    lines.append(f"   {'cells not counted' if found.note else count}")
     return "\n".join([*lines, f"   into {found.folder}", *[f"   note: {found.note}"] * bool(found.note)])
 
 
@@ -96,11 +97,11 @@ def _sources(cfg: DictConfig) -> list[tuple[str, str, int]]:
     return found
 
 
-def forecast(cfg: DictConfig, found: Plan, pace: float | None) -> tuple[float | None, float, str]:
+def forecast(cfg: DictConfig, found: Plan, pace: float | None, gpu: bool = False) -> tuple[float | None, float, str]:
     """(seconds, bytes, where the rate is from) of the missing cells."""
     if pace is not None:
         return found.missing * pace, found.missing * 2e3, f" (at {pace:g} s per cell, measured with this preset)"
-    rates = pd.DataFrame(_rates(cfg))
+    rates = pd.DataFrame(_rates(cfg, gpu))
     if rates.empty:
         return None, 0.0, ""
     rates = rates.assign(far=(rates.ctx / cli.parse_ctx(cfg.ctx) - 1).abs()).sort_values("far")
@@ -108,12 +109,13 @@ def forecast(cfg: DictConfig, found: Plan, pace: float | None) -> tuple[float | 
     return found.missing * best.seconds, found.missing * best.disk, f" (at {best.seconds:.2g} s per cell, measured in {best.run})"
 
 
-def _rates(cfg: DictConfig) -> list[dict]:
+def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
     """Seconds and bytes per (example, variant) of recorded runs of the same model and kind of task on the same kind of machine."""
     from macbench.models.weights import resolve_device
     from macbench.run import model_name
 
-    wanted, rows = "cpu" if resolve_device(cfg.device) == "cpu" else "NVIDIA", []
+    gpu = (gpu and cfg.device == "auto") or resolve_device(cfg.device) != "cpu"
+    wanted, rows = "NVIDIA" if gpu else "cpu", []
     for root in dict.fromkeys([Path(cfg.runs_dir), Path("runs")]):
         for folder in {p.parent.parent for p in root.glob("**/samples/*.parquet")}:
             facts = folder / "environment.json"

@@ -36,7 +36,10 @@ def test_data_goes_to_the_task_that_has_a_folder(tmp_path):
     assert experiment.located(["task=ruler"], tmp_path) == [f"++task.data_path={tmp_path}/ruler"]
     assert experiment.located(["task=longbench_v2"], tmp_path) == [] == experiment.located(["task=ruler"], None)
     assert experiment.located(["task=trace"], tmp_path) == [f"++task.sources.ruler.data_path={tmp_path}/ruler"]
-    assert len(experiment.located(["task=trace", "task.sources.longgenbench={limit:1}"], tmp_path)) == 2
+    sources = [f"task.sources.{name}={{limit:1}}" for name in ("longgenbench", "longbench_v2")]
+    assert len(experiment.located(["task=trace", *sources], tmp_path)) == 2  # RULER and what has a folder
+    (tmp_path / "longbench_v2").mkdir()
+    assert f"++task.sources.longbench_v2.data_path={tmp_path}/longbench_v2" in experiment.located(["task=trace", *sources], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,8 @@ def test_cells_of_a_benchmark_are_examples_by_variant(tmp_path):
     assert found.missing == 4 and not found.folder.exists()
     seconds, _, source = plan.forecast(cfg, found, None)
     assert seconds > 0 and "measured in" in source  # the reference run on a CPU has the same model
+    faster, _, source = plan.forecast(cfg, found, None, gpu=True)
+    assert faster < seconds and "h100" in source
 
 
 def test_a_preset_runs_every_command_and_goes_on_after_a_mistake(capsys):

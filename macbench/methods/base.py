@@ -33,6 +33,11 @@ class PromptQueries:
         skip = max(0, self.q.shape[2] - n)
         return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip, self.column_sums)
 
+    def to(self, device: str | torch.device) -> "PromptQueries":
+        """The same on a device (these, if they are there)."""
+        parts = [x if x is None else x.to(device, non_blocking=True) for x in (self.q_pre, self.q, self.column_sums)]
+        return PromptQueries(*parts[:2], self.first, parts[2])
+
 
 @dataclass
 class Method:

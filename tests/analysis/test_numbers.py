@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pytest import approx
 
-from analysis import chains, fig2, fig4, fig5, fig6, fig7, fig8, long_texts, sweep, table1, table2_3, table5, table6, table7
+from analysis import chains, fig1, fig2, fig4, fig5, fig6, fig7, fig8, long_texts, methods, sweep, table1, table2_3, table5, table6, table7
 from analysis.records import Records
 from macbench.attention import table as attention_table
 from macbench.attention.bench import measure
@@ -65,6 +65,13 @@ def test_fig5_is_hits_over_steps_of_each_text(records):
     assert by_window.texts.eq(len(texts)).all()
 
 
+def test_the_heat_map_is_a_mean_over_texts_of_each_head(records):
+    numbers = fig5.by_head(records, 256)
+    mine = [r for r in traced(records, "acceptance") if (r["tau"], r["window"], r["layer"], r["head"]) == (0.45, 256, 18, 7)]
+    found = numbers[(numbers.tau == 0.45) & (numbers.layer == 18) & (numbers["head"] == 7)]["mean"].item()
+    assert found == approx(np.mean([r["hits"] / r["steps"] for r in mine]))
+
+
 def test_chain_depths(records):
     numbers = chains.numbers(records)
     mine = [r for r in traced(records, "chains") if r["depth_low"] == 2]
@@ -100,13 +107,13 @@ def test_fig6_divides_flashinfer_by_mac(records):
 def test_break_even_lies_between_a_slower_and_a_faster_rate(records):
     numbers, _ = fig6.numbers(records)
     for found in fig6.break_even(numbers).itertuples():
-        cell = numbers[(numbers.batch == found.batch) & (numbers.ctx == found.ctx)].sort_values("hit_rate")
+        cell = numbers[(numbers.batch == found.batch) & (numbers.ctx == found.ctx)].sort_values("hit_rate_measured")
         slower, faster = cell[cell.speedup < 1], cell[cell.speedup >= 1]
         if found.rate == 0:
             assert cell.speedup.iloc[0] >= 1
             continue
         a, b = slower.iloc[-1], faster.iloc[0]
-        share = (found.rate - a.hit_rate) / (b.hit_rate - a.hit_rate)
+        share = (found.rate - a.hit_rate_measured) / (b.hit_rate_measured - a.hit_rate_measured)
         assert 0 <= share <= 1 and a.speedup ** (1 - share) * b.speedup**share == approx(1)
 
 
@@ -130,6 +137,41 @@ def test_table7_is_allocated_bytes(records):
         assert found.state_bytes == approx(ring, rel=2e-3)  # and the benchmark's own made-up queries of one step
         assert found.kv_bytes == approx(32 * 8 * found.ctx * 128 * 2 * 2, rel=4e-3)
         assert found.share == approx(found.state_bytes / found.kv_bytes)
+
+
+def test_fig1_is_accuracy_against_bytes_of_every_variant(records):
+    run = max(records.runs, key=lambda r: len(set(pq.read_table(r / "samples", columns=["method"])["method"].to_pylist())))
+    mine = [r for r in rows(run / "samples") if r["error"] is None]
+    places = sorted({(r["subtask"], r["example_id"]) for r in mine})
+    score = {(r["method"], r["variant"], r["subtask"], r["example_id"]): r["score"] for r in mine}
+    subtasks = sorted({subtask for subtask, _ in places})
+
+    def mean(of) -> float:
+        return np.mean([np.mean([of(s, e) for s, e in places if s == subtask]) for subtask in subtasks])
+
+    headline = fig1.in_order(records.headline(run))
+    assert len(headline) == len({(r["method"], r["variant"]) for r in mine}) > 3 and headline.method.iloc[0] == "full"
+    for found in headline.iloc[:: max(1, len(headline) // 5)].itertuples():
+        some = [r for r in mine if (r["method"], r["variant"]) == (found.method, found.variant)]
+        read = sum(r[f"bytes_{c}"] for r in some for c in ("kv", "meta", "state", "idx"))
+        assert found.rho_bytes == approx(read / sum(r["bytes_full"] for r in some))
+        assert found.score == approx(mean(lambda s, e, m=found.method, v=found.variant: score[m, v, s, e]))
+        if found.method != "full":
+            assert found.difference == approx(mean(lambda s, e, m=found.method, v=found.variant: score[m, v, s, e] - score["full", "", s, e]))
+            assert found.difference_low <= found.difference <= found.difference_high
+
+
+def test_methods_at_one_budget(records):
+    numbers, sources = methods.numbers(records)
+    mine = rows(sources[0].path)
+    assert len(numbers) >= len(mine)
+    (full,) = [r for r in mine if r["method"] == "full"]
+    for r in mine:
+        (found,) = numbers[(numbers.file == 0) & (numbers.method == r["method"])].itertuples()
+        if r["error"] is None:
+            assert (found.over_full, found.floor_ms) == approx((r["time_ms"] / full["time_ms"], 1e3 * r["bytes_counted"] / r["copy_bandwidth"]))
+        else:
+            assert np.isnan(found.time_ms) and r["error"] == found.error
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +240,14 @@ def test_drift_is_by_windows_of_steps(records):
     read = sum(r[f"bytes_{c}"] for r in mine for c in ("kv", "meta", "state", "idx"))
     assert len(mine) == 250 and found.rho_bytes == approx(read / sum(r["bytes_full"] for r in mine))
     assert found.hit_rate == approx(np.mean([r["hit_rate"] for r in mine]))
+
+
+def test_latency_of_single_tokens(records):
+    numbers, sources = long_texts.latencies(records)
+    run = next(s.path for s in sources if s.path.parts[-4] == "longbench_v2")
+    mine = [r["latency_ms"] for r in rows(run / "steps") if (r["method"], r["variant"]) == ("full", "")]
+    (found,) = numbers[numbers.run.str.contains(run.name[-8:]) & (numbers.method == "full")].itertuples()
+    assert found.n == len(mine) and (found.middle, found.tail) == approx((np.median(mine), np.percentile(mine, 99)))
 
 
 def test_sweep_reads_its_knobs_from_the_variants(tmp_path):

@@ -1,0 +1,49 @@
+"""Beyond the paper: the time of a step of every method's attention at one budget of bytes, beside the time that reading them takes."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import style, table
+from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
+
+NAME = "methods"
+TITLE = "Attention of one layer by every method at one budget of bytes"
+PAPER = "Quest, RocketKV and Multipole are often slower than full attention end to end (tables 2 and 3, second-hand, no numbers)."
+COLUMNS = [
+    *("method", "q_heads", "kv_heads", "head_dim", "batch", "ctx", "layers", "budget", "time_ms", "bytes_counted", "rho_bytes", "copy_bandwidth"),
+]
+
+
+def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
+    """Rows of every file by file and time: ``over_full`` (time over full attention's in the same file), ``floor_ms`` (bytes over copy bandwidth)."""
+    frame, sources = records.benchmark("attention", COLUMNS, of_methods=True)
+    full = frame[frame.method == "full"].set_index("file").time_ms
+    floor = 1e3 * frame.bytes_counted / frame.copy_bandwidth
+    return frame.assign(over_full=frame.time_ms / frame.file.map(full), floor_ms=floor).sort_values(["file", "time_ms"], kind="stable"), sources
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    try:
+        found, sources = numbers(records)
+    except Missing as lack:
+        raise Missing(str(lack).replace("run task=attention", "attention methods FILE")) from lack
+    rows = []
+    for r in found.itertuples():
+        row = {"method": r.method, "ctx": style.tokens(r.ctx), "batch": str(r.batch), "budget": f"{r.budget:g}"}
+        row |= {"rho_bytes": f"{r.rho_bytes:.3f}", "ms per layer": f"{r.time_ms:.3f}", "/ full": f"{r.over_full:.2f}"}
+        row |= {"bytes / copy bandwidth, ms": f"{r.floor_ms:.3f}", "note": ""}
+        if pd.isna(r.time_ms):
+            floor = re.search(r"must be at least (\S+) for", r.error)
+            row |= dict.fromkeys(list(row)[4:8], table.MISSING) | {"note": f"floor {floor[1]}" if floor else r.error}
+        elif abs(r.rho_bytes - r.budget) > 0.1 * r.budget:
+            row["budget"] = "none"
+        rows.append(row)
+    first = found.iloc[0]
+    what = (
+        f"Random queries, keys and values, {first.q_heads}/{first.kv_heads} heads of {first.head_dim}, mean over {first.layers} layers of a captured "
+        "step; no dense layers. Budget none: the method has no knob and runs as it is; floor: the least ratio of bytes that it can read"
+    )
+    return [table.save(pd.DataFrame(rows), out, NAME, TITLE, style.made(sources, what), PAPER)]

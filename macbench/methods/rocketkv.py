@@ -109,7 +109,8 @@ class RocketKV(Method):
     def check(self, shape):
         keep = sizes(shape.max_tokens, self.max_new, shape.head_dim, self.budget).keep
         if keep < self.window:
-            raise ConfigError("method.budget", self.budget, f"leaves {keep} prompt tokens at ctx={shape.max_tokens}; method.window={self.window}")
+            at = f"{max(0, keep)} prompt tokens at ctx={shape.max_tokens} with method.max_new={self.max_new}"
+            raise ConfigError("method.budget", self.budget, f"leaves {at}; must be at least method.window={self.window}")
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)

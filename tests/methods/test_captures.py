@@ -105,12 +105,10 @@ def test_a_step_can_be_captured(case, monkeypatch):
     assert all(log == logs[0] for log in logs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"sink": 4, "max_chain": 2, "min_context": 40}])
-def test_a_mac_step_can_be_captured(settings, monkeypatch):
-    """MAC's own tests are in test_mac and test_counting; here what surrounds its kernel."""
+def test_a_mac_step_with_all_its_knobs_can_be_captured(monkeypatch):
     if DEVICE == "cuda":
         return
-    logs = captured_operations(lambda: MAC(**{"window": 16, "band": 8, "min_context": 0} | settings), PROMPTS, monkeypatch)
+    logs = captured_operations(lambda: MAC(window=16, band=8, sink=4, max_chain=2, min_context=40), PROMPTS, monkeypatch)
     assert logs[0] and all(log == logs[0] for log in logs)
 
 

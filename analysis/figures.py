@@ -6,13 +6,32 @@ What a figure lacks is said in one line, and the others are drawn.
 import sys
 from pathlib import Path
 
-from analysis import chains, fig1, fig2, fig4, fig5, fig6, fig7, fig8, long_texts, methods, sweep, table1, table2_3, table4, table5, table6, table7
+from analysis import (
+    chains,
+    contexts,
+    fig1,
+    fig2,
+    fig4,
+    fig5,
+    fig6,
+    fig7,
+    fig8,
+    long_texts,
+    methods,
+    sweep,
+    table1,
+    table2_3,
+    table4,
+    table5,
+    table6,
+    table7,
+)
 from analysis.records import Missing, Records
 from analysis.style import Drawn
 from macbench.errors import one_line
 
 OUT = Path("figures")
-ITEMS = (fig1, fig2, fig4, fig5, fig6, fig7, fig8, table1, table2_3, table4, table5, table6, table7, chains, long_texts, methods, sweep)
+ITEMS = (fig1, fig2, fig4, fig5, fig6, fig7, fig8, table1, table2_3, table4, table5, table6, table7, chains, contexts, long_texts, methods, sweep)
 
 
 def draw(records: Records, out: Path, items=ITEMS) -> list[Drawn]:

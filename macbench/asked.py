@@ -42,6 +42,13 @@ class Asked:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
+def answered(samples: pd.DataFrame) -> Asked:
+    """What some sample rows are a complete answer to."""
+    counts = samples.groupby("subtask", sort=False).example_id.nunique()
+    variants = samples[["method", "variant"]].drop_duplicates()
+    return Asked({subtask: int(number) for subtask, number in counts.items()}, variants.values.tolist())
+
+
 def read(run: Path) -> Asked:
     """Of the last command that worked on a run."""
     try:

@@ -2,6 +2,7 @@
 
 import operator
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -60,9 +61,8 @@ class Decoder:
             if preparation is not None and preparation.of(prompts, self.shape):
                 self.method.restore(preparation.state)
             else:
-                for layer in range(self.shape.layers):
-                    for request, prompt in enumerate(prompts):
-                        self.method.after_prefill(layer, request, prompt.queries[layer], self.cache)
+                for request, prompt in enumerate(prompts):
+                    self.method.after_prompt(request, [own.to(self.shape.device) for own in prompt.queries], self.cache)
                 if preparation is not None:
                     preparation.keep(prompts, self.shape, self.method)
         except BaseException:
@@ -99,6 +99,20 @@ class Decoder:
         else:
             self._graph.replay()
 
+    def launch(self, attend: Callable) -> None:
+        """``step``, launched anew even if it is captured, with ``attend(layer, q_pre, q) -> out``, all [B, Hq, d]."""
+        captured = self.logits, self.chosen
+        with self.forward.attending(attend):
+            self._body()
+        if self._graph is not None:  # whose replays write to the captured tensors
+            for kept, new in zip(captured, (self.logits, self.chosen), strict=True):
+                kept.copy_(new)
+            self.logits, self.chosen = captured
+
+    def attend(self, layer: int, q_pre: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """The method's attention on this decoder's cache."""
+        return self.method.attend(layer, q_pre, q, self.cache)
+
     def _begin(self) -> None:
         self.ledger.reset()
         self.method.begin(self.shape, self.kernels, self.ledger)
@@ -106,11 +120,8 @@ class Decoder:
     def _open(self) -> None:
         """A captured step knows whom it calls; an eager one is told."""
         if self._graph is None:
-            self._session = self.forward.attending(self._attend)
+            self._session = self.forward.attending(self.attend)
         self._session.__enter__()
-
-    def _attend(self, layer: int, q_pre: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return self.method.attend(layer, q_pre, q, self.cache)
 
     def _body(self) -> None:
         self.cache.advance(1)
@@ -125,7 +136,7 @@ class Decoder:
         try:
             self._begin()
             graph = torch.cuda.CUDAGraph()
-            with self.forward.attending(self._attend):
+            with self.forward.attending(self.attend):
                 for _ in range(_WARM_UP):
                     self.ledger.begin_step(self.cache.host_lengths)
                     self.method.between_steps(self.cache)

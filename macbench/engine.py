@@ -27,8 +27,8 @@ _SPARE_PAGES = 4
 
 @dataclass
 class Prompt:
-    """A prefilled prompt. ``queries``: per layer, the last ones. ``first_token``: the greedy choice after the prompt. ``logits``: [vocab].
-    ``chunk``: prompt tokens per forward pass."""
+    """A prefilled prompt. ``queries``: per layer, the last ones, in host memory if other prompts wait, too. ``first_token``: the greedy choice
+    after the prompt. ``logits``: [vocab]. ``chunk``: prompt tokens per forward pass."""
 
     cache: PagedKVCache
     queries: list[PromptQueries]
@@ -141,7 +141,8 @@ class Engine:
         """
         chunk = chunk or self.chunk
         cache = PagedKVCache(self.pool)
-        tails = _Tails(self.shape, len(ids), keep_queries, column_sums)
+        # Of a batch, all prompts are there before the first method prepares: what waits does so outside of the GPU's memory.
+        tails = _Tails(self.shape, len(ids), keep_queries, column_sums, park=self.batch > 1)
         position = 0
 
         def attend(layer, q_pre, q, k, v):
@@ -164,8 +165,9 @@ class Engine:
         except BaseException:
             cache.free()
             raise
-        first = int(logits.argmax())
-        return Prompt(cache, tails.done(), first, logits, self._now() - began, chunk)
+        first = int(logits.argmax())  # waits for the device
+        queries = tails.done()
+        return Prompt(cache, queries, first, logits, self._now() - began, chunk)
 
     def decode(
         self, prompt: Prompt, method: Method, max_new_tokens: int, stop_ids: frozenset[int] = frozenset(),
@@ -306,22 +308,30 @@ class _Run:
         return Generation(list(self.tokens), reason, np.array(self.seconds), self.setup, counts, places, self.asked, ledger.prepared[row])
 
 
-class _Tails:
-    """Keeps the last n queries of every layer while chunks go by, and perhaps sums of the prompt's attention, [Hkv, prompt] per layer."""
+def _parked(x: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory. Of a GPU's tensor it is pinned, and there once the GPU has come so far."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x.contiguous(), non_blocking=True)
 
-    def __init__(self, shape: Shape, prompt: int, keep: int, column_sums: bool = False):
-        self.first = max(0, prompt - keep)
+
+class _Tails:
+    """Keeps the last n queries of every layer while chunks go by, and perhaps sums of the prompt's attention, [Hkv, prompt] per layer.
+
+    ``park``: in host memory, layer by layer.
+    """
+
+    def __init__(self, shape: Shape, prompt: int, keep: int, column_sums: bool = False, park: bool = False):
+        self.first, self.park = max(0, prompt - keep), park
         self.sums: list[torch.Tensor | None] = [None] * shape.layers
         if column_sums:
             self.sums = [torch.zeros(shape.kv_heads, prompt, device=shape.device) for _ in range(shape.layers)]
-        none = torch.empty(1, shape.q_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
-        self.parts = [[(none, none)] for _ in range(shape.layers)]
+        self.none = torch.empty(1, shape.q_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
+        self.parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(shape.layers)]
 
     def take(self, layer: int, position: int, q_pre: torch.Tensor, q: torch.Tensor) -> None:
         skip = max(0, self.first - position)
         if skip < q.shape[2]:
             # Copies, so that a chunk's activations can go.
-            self.parts[layer].append((q_pre[:, :, skip:].clone(), q[:, :, skip:].clone()))
+            self.parts[layer].append(tuple(_parked(x[:, :, skip:]) if self.park else x[:, :, skip:].clone() for x in (q_pre, q)))
 
     def add(self, layer: int, sums: torch.Tensor) -> None:
         """``sums`` [Hq, tokens so far] of a chunk."""
@@ -329,5 +339,11 @@ class _Tails:
         total[:, : sums.shape[1]] += sums.view(len(total), -1, sums.shape[1]).sum(1)
 
     def done(self) -> list[PromptQueries]:
-        queries = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in self.parts]
-        return [PromptQueries(*pair, self.first, sums) for pair, sums in zip(queries, self.sums, strict=True)]
+        """Once the device has nothing left to do."""
+        made = []
+        for layer, parts in enumerate(self.parts):
+            sums, self.sums[layer] = self.sums[layer], None
+            pair = [x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts or [(self.none, self.none)], strict=True)]
+            parts.clear()
+            made.append(PromptQueries(*pair, self.first, _parked(sums) if self.park and sums is not None else sums))
+        return made

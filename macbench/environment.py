@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from macbench.errors import ConfigError
+from macbench.redact import redact
 
 _PACKAGES = (
     *("macbench", "torch", "transformers", "accelerate", "triton", "tokenizers", "safetensors", "gguf", "datasets", "numpy", "pandas", "pyarrow"),
@@ -24,10 +25,10 @@ _PACKAGES = (
 _SHARED = ("git", "device", "backend", "dtype", "packages")
 
 
-def facts(device: str, backend: str, dtype: str, weights: str | None = None) -> dict:
-    """A JSON-able description of this process. ``weights``: a hash of the model's."""
+def facts(device: str, backend: str, dtype: str, model: dict | None = None) -> dict:
+    """A JSON-able description of this process. ``model``: its hashes."""
     return {
-        "command": shlex.join(["python", "-m", "macbench.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "macbench.run", *map(redact, sys.argv[1:])]),
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": commit(),
@@ -38,7 +39,7 @@ def facts(device: str, backend: str, dtype: str, weights: str | None = None) -> 
         "cuda": torch.version.cuda,
         "backend": backend,
         "dtype": dtype,
-        "weights_sha256": weights,
+        **(model or {}),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
 
@@ -49,9 +50,10 @@ def continued(run: Path, now: dict) -> list[str]:
         earlier = json.loads((run / "environment.json").read_text())
     except (OSError, ValueError):
         return []
-    weights = earlier.get("weights_sha256") if isinstance(earlier, dict) else None
-    if weights and now.get("weights_sha256") and weights != now["weights_sha256"]:
-        raise ConfigError("model.path", run, f"this run was begun with other weights (sha256 {weights[:12]}); use another runs_dir for these")
+    for key, what in (("weights_sha256", "other weights"), ("model_sha256", "another configuration, tokenizer or adapter of the model")):
+        before = earlier.get(key) if isinstance(earlier, dict) else None
+        if before and now.get(key) and before != now[key]:
+            raise ConfigError("model.path", run, f"this run was begun with {what} (sha256 {str(before)[:12]}); use another runs_dir for this one")
     changed = [f"{key} {_short(earlier[key])}, now {_short(now[key])}" for key in _SHARED if key in earlier and earlier[key] != now[key]]
     what = "; rows of both will stand in one table, python -m macbench.verify lists them"
     return [f"the run was begun with {'; '.join(changed)}{what}"] if changed else []

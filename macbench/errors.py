@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from macbench.redact import redact
+
 # Line ends of every kind, and what would command a terminal.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -16,7 +18,7 @@ class ConfigError(Exception):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(_UNPRINTABLE.sub(" ", f"{key}={value}: {allowed}"))
+        super().__init__(_UNPRINTABLE.sub(" ", redact(f"{key}={value}: {allowed}")))
 
 
 def choose(key: str, value: str, choices: Iterable[str]) -> str:

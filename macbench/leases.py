@@ -3,11 +3,12 @@
     <run>/leases/worker-<id>     a process: who it is. It holds a lock on the file, and its heartbeat counts up in it.
     <run>/leases/<part>.<n>      a link to the worker that makes the example; n grows when a dead worker's lease is taken over
 
-A lease is taken by creating its link, which only one process can do. On one machine the kernel tells whether a worker lives: the lock
-goes with the process. A worker on another machine is dead when its heartbeat has stood still for ``STALE`` seconds on the clock of who
-watches; no two clocks are compared, so a wrong one does no harm.
+A lease is taken by creating its link, which only one process can do. On one machine the kernel tells at once that a worker is gone: the
+lock goes with the process. Any other one counts as dead when its heartbeat has stood still for ``STALE`` seconds on the clock of who
+watches: it died on another machine, or is stopped and may wake up again. No two clocks are compared, so a wrong one does no harm.
 
-Leases save work and nothing else. Rows are right without them: parts are named by their example and written whole.
+Leases save work and nothing else. Rows are right without them: parts are named by their example and written whole. A worker that wakes up
+finds its examples recorded, or ``lost`` to who makes them now.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ import re
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 
 BEAT = 10.0  # seconds between heartbeats
-STALE = 120.0  # seconds without one after which a worker on another machine counts as dead; network file systems cache for a minute
+STALE = 120.0  # seconds without one after which a worker counts as dead; network file systems cache for a minute
 _DIGITS = 20  # of the heartbeat, which begins the worker's file
 
 
@@ -35,7 +37,8 @@ class Leases:
         self._worker = self.folder / f"worker-{secrets.token_hex(6)}"
         self.last = False  # whether, after ``close``, no process works on the run any more
         self._held: set[str] = set()
-        self._seen: dict[Path, tuple[bytes, float]] = {}  # heartbeats of workers elsewhere, and since when they stand still
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # heartbeats of other workers, and since when they stand still
+        self._writing = threading.Lock()  # of the heartbeat
         self._file = self._register()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -49,6 +52,7 @@ class Leases:
 
     def claim(self, part: str) -> bool:
         """Whether this process may make the example now; False as long as a live worker has it."""
+        self._rejoin()
         taken = self._numbers(part)
         if taken and self.alive(self.folder / f"{part}.{taken[-1]}"):
             return False
@@ -59,17 +63,24 @@ class Leases:
         self._held.add(part)
         return True
 
+    def lost(self, part: str) -> bool:
+        """Whether another worker has taken the example over from this one and makes it now."""
+        path = held(self.folder.parent).get(part)
+        return path is not None and not self._mine(path) and self.alive(path)
+
     def release(self, part: str) -> None:
-        """The example is recorded, or given up."""
-        for number in self._numbers(part):
-            (self.folder / f"{part}.{number}").unlink(missing_ok=True)
+        """The example is recorded, or given up. What another worker has taken over stays its own."""
+        links = [self.folder / f"{part}.{number}" for number in self._numbers(part)]
+        newest = max((i for i, link in enumerate(links) if self._mine(link)), default=-1)
+        for link in links[: newest + 1]:
+            link.unlink(missing_ok=True)
         self._held.discard(part)
 
     def alive(self, path: Path) -> bool:
         """Whether the worker of a lease, or of a worker's file, lives as far as one can know."""
         known, worker = look(path)
-        if known is not None:
-            return known
+        if known is False:
+            return False
         now, beat = monotonic(), worker["beat"]
         seen = self._seen.setdefault(path.resolve(), (beat, now))
         if seen[0] != beat:
@@ -85,12 +96,20 @@ class Leases:
             self.release(part)
         self._worker.unlink(missing_ok=True)
         os.close(self._file)
-        with contextlib.suppress(OSError):  # another process still needs the folder, or cleared it away as well
-            for path in self.folder.iterdir():
-                if not self.alive(path):
-                    path.unlink(missing_ok=True)
-            self.folder.rmdir()
-            self.last = True
+        self.last = clear(self.folder, lambda path: look(path)[0] or self.alive(path))  # who is stopped may come back
+
+    def _mine(self, lease: Path) -> bool:
+        try:
+            return lease.readlink().name == self._worker.name
+        except OSError:
+            return False
+
+    def _rejoin(self) -> None:
+        """Be known again after a sleep so long that another machine has cleared this worker away."""
+        if not self._worker.exists():
+            with self._writing:
+                gone, self._file = self._file, self._register()
+                os.close(gone)
 
     def _register(self) -> int:
         """The worker's file, which appears under its name with the lock already held. Returns its descriptor."""
@@ -116,7 +135,7 @@ class Leases:
         beat = 0
         while not self._ended.wait(self.beat):
             beat += 1
-            with contextlib.suppress(OSError):  # whoever writes rows will say what is wrong with the disk
+            with self._writing, contextlib.suppress(OSError):  # whoever writes rows will say what is wrong with the disk
                 os.pwrite(self._file, f"{beat:0{_DIGITS}}".encode(), 0)
                 os.fsync(self._file)
 
@@ -127,6 +146,23 @@ class Leases:
             self.folder.mkdir(exist_ok=True)
             return []
         return sorted(int(n) for name, _, n in (name.rpartition(".") for name in names) if name == part and n.isdecimal())
+
+
+def clear(folder: Path, alive: Callable[[Path], bool]) -> bool:
+    """Clear away what dead workers left. Returns whether that was all, and with it the folder is gone."""
+    try:
+        for path in folder.iterdir():
+            if not alive(path):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:  # another process still needs the folder, or cleared it away as well
+        return False
+    return True
+
+
+def leftovers(run: Path) -> bool:
+    """Clear away the leases of a finished run whose last worker died before it could. As ``clear``; who may live on another machine, stays."""
+    return clear(run / "leases", lambda path: look(path)[0] is not False)
 
 
 def look(path: Path) -> tuple[bool | None, dict]:

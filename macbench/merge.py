@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from macbench import asked
 from macbench.environment import continued
 from macbench.errors import FOREIGN, ConfigError, one_line
-from macbench.files import write_whole
+from macbench.files import write_in_order
 from macbench.leases import Leases
-from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs
+from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs, foreign
 from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
@@ -48,8 +48,7 @@ def merge(source: Path, target: Path) -> dict[str, int]:
                 raise ConfigError("TARGET", target, "a process works on this run; merge when it has ended")
             old = _rows(target / "samples" / path.name) if directory.stamp(path.stem) else None
             if old is None or (old.error.notna().any() and new.error.isna().all()):
-                for table in ("steps", "layers", "samples"):  # samples last, as whoever writes them
-                    _copy(source / table / path.name, target / table / path.name, table)
+                _copy(source, target, path.name)
                 counts["taken"] += 1
             else:
                 counts["kept"] += 1
@@ -87,20 +86,25 @@ def _rows(path: Path) -> pd.DataFrame:
 
 
 def _checked(path: Path, table: str) -> pa.Table:
-    """A part with the schema of now, every page checked."""
+    """A part with the schema of now and the rows of its name, every page checked."""
     try:
         data = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError("SOURCE", path, f"cannot be read ({one_line(error)})") from None
     if not data.schema.equals(SCHEMAS[table]):
         raise ConfigError("SOURCE", path, "has another schema; it was written by another version")
+    if said := foreign(path, data):
+        raise ConfigError("SOURCE", path, said)
     return data
 
 
-def _copy(source: Path, target: Path, table: str) -> None:
-    _checked(source, table)
+def _copy(source: Path, target: Path, name: str) -> None:
+    """The parts of an example, all or none."""
+    tables = ("steps", "layers", "samples")  # samples last, as whoever writes them
+    for table in tables:
+        _checked(source / table / name, table)
     try:
-        write_whole(target, lambda file: file.write(source.read_bytes()))
+        write_in_order([(target / table / name, lambda file, table=table: file.write((source / table / name).read_bytes())) for table in tables])
     except OSError as error:
         raise ConfigError("TARGET", target, f"cannot be written ({error.strerror})") from None
 

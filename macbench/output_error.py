@@ -46,8 +46,8 @@ class Measured(Method):
         self.method.forget()
         super().forget()
 
-    def after_prefill(self, layer, request, queries, cache):
-        self.method.after_prefill(layer, request, queries, cache)
+    def after_prompt(self, request, queries, cache):
+        self.method.after_prompt(request, queries, cache)
 
     def save(self):
         return self.method.save()

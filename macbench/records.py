@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
-from macbench.files import SCRATCH, write_whole
+from macbench.files import SCRATCH, write_in_order
 from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
@@ -86,12 +86,50 @@ SCHEMAS = {
         ]
     ),
 }
+# Columns that earlier versions of the schemas did not have yet.
+_LATER = {
+    "samples": {"question_steps", "setup_s", "bytes_pre", "rho_page", "output_error", "meta"},
+    "steps": set(),
+    "layers": {"output_error"},
+}
 KEY = ["method", "variant", "subtask", "example_id"]
+# Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
+PACKED = "part-all"
 
 
 def config_hash(config: dict) -> str:
     """Eight hex digits of a resolved configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def placeless(model: dict) -> dict:
+    """A model's settings without where its files lie and how they are spread: a file whose hash is fixed is the same one anywhere."""
+    found = {key: value for key, value in model.items() if key != "device_map"}
+    if found.get("gguf_sha256"):
+        found["gguf"] = None
+    if found.get("adapter_sha256"):
+        found["adapter"] = Path(found["adapter"]).name
+    return found
+
+
+def foreign(path: Path, data: pa.Table) -> str | None:
+    """What rows of a part, by their keys, say against its place <run>/<table>/<part>.parquet; None if nothing does."""
+    examples = set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True))
+    if path.stem != PACKED and {part_name(*example) for example in examples} - {path.stem}:
+        return "holds rows of another example"
+    if {*data["run_id"].to_pylist()} - {path.resolve().parents[1].name}:
+        return "holds rows of another run"
+    return None
+
+
+def completed(data: pa.Table, table: str) -> pa.Table | None:
+    """A part of an earlier version of the schema with nulls for what came later; None if it is no such part."""
+    kinds = lambda schema: [(field.name, str(field.type).replace("element", "item")) for field in schema]  # noqa: E731  (parquet's own name)
+    now, names = SCHEMAS[table], set(data.schema.names)
+    if set(now.names) - names - _LATER[table] or kinds(data.schema) != kinds([field for field in now if field.name in names]):
+        return None
+    columns = [data[field.name].cast(field.type) if field.name in names else pa.nulls(len(data), field.type) for field in now]
+    return pa.Table.from_arrays(columns, schema=now.with_metadata(data.schema.metadata))
 
 
 def find_runs(root: Path) -> Iterator[Path]:
@@ -126,7 +164,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole."""
-        self._whole(self.path / name, lambda file: file.write(redact(text).encode()))
+        self._whole([(self.path / name, redact(text).encode())])
 
     def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
         """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata.
@@ -135,14 +173,16 @@ class RunDirectory:
         """
         name = part + ".parquet"
         metadata = {"macbench": redact(json.dumps(environment))}
+        files = []
         for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
             schema = SCHEMAS[table].with_metadata(metadata)
             data = pa.Table.from_pylist(tables[table], schema=schema) if table == "samples" else _stacked(tables[table], schema)
-            self._whole(self.path / table / name, lambda file, data=data: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
+            files.append((self.path / table / name, _encoded(data)))
+        self._whole(files)
 
-    def _whole(self, target: Path, write) -> None:
+    def _whole(self, files: list[tuple[Path, bytes | memoryview]]) -> None:
         try:
-            write_whole(target, write)
+            write_in_order([(target, lambda file, content=content: file.write(content)) for target, content in files])
         except OSError as error:
             raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
 
@@ -190,6 +230,13 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None, c
     if not frames:
         return pd.DataFrame(columns=columns or SCHEMAS[table].names)
     return pd.concat(frames, ignore_index=True)
+
+
+def _encoded(data: pa.Table) -> memoryview:
+    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries of numbers would cost time and space."""
+    file, texts = pa.BufferOutputStream(), [column.name for column in data.schema if column.type == pa.string()]
+    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+    return memoryview(file.getvalue())
 
 
 def _stacked(blocks: list[dict], schema: pa.Schema) -> pa.Table:

@@ -12,7 +12,7 @@ from macbench import run as runner
 from macbench.counting import TOTALS
 from macbench.errors import ConfigError
 from macbench.generate import answers
-from macbench.models.fingerprint import weights_sha256
+from macbench.models.fingerprint import hashes
 from macbench.models.weights import load
 
 # Of a sample row; times differ, and ratios follow from counts.
@@ -29,7 +29,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     if name != run.resolve().name:
         raise ConfigError("RUN", run, f"its configuration now makes {name}: data, protocol or defaults changed, or dtype and backend on this device")
     model = load(cfg.model, plan.device, plan.chat, runner.cache_bytes(cfg, plan))
-    now = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+    now = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
     found.notes += environment.continued(run, now)
     samples = tables["samples"]
     resumed = samples.meta.str.contains('"resumed_at"', na=False) | samples.error.notna()

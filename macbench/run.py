@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import time
 
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
 import hydra
@@ -24,13 +23,14 @@ from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
 from macbench.generate import Answer, answers, out_of_memory
-from macbench.leases import Leases
+from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
-from macbench.models.fingerprint import weights_sha256
+from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
-from macbench.records import KEY, RunDirectory, config_hash, read_table
-from macbench.redact import redact
+from macbench.progress import rate
+from macbench.records import KEY, RunDirectory, config_hash, placeless, read_table
+from macbench.redact import by_name, redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> int:
     if work:
         model = load(cfg.model, plan.device, plan.chat, cache_bytes(cfg, plan))
         engine = make_engine(cfg, plan.layer, plan.ctx, model)
-        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), weights_sha256(cfg.model))
+        facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
         for note in environment.continued(directory.path, facts):
             print(f"macbench: note: {note}", file=sys.stderr)
         directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -79,6 +79,8 @@ def run(cfg: DictConfig) -> int:
             log.figures(directory.path)
     else:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
+        if leftovers(directory.path):
+            directory.tidy()
         table = report(directory, plan)
     for note in budget.misses(table, plan.variants):
         print(f"macbench: note: {note}", file=sys.stderr)
@@ -259,7 +261,7 @@ def identity(cfg: DictConfig, plan: Plan) -> dict:
     config = OmegaConf.to_container(cfg, resolve=True)
     found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
     found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
-    found["model"] = {key: value for key, value in found["model"].items() if key != "device_map"}
+    found["model"] = placeless(found["model"])
     return found
 
 
@@ -295,11 +297,11 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             bar.update(bar.total - len(work) - bar.n)  # others' as well
             bar.set_description(group[0][0])
             examples = [plan.example(*place) for place in group]
-            made = answers(engine, model, task, variants, examples, directory.path, lambda stage: _rate(bar, stage), follow)
+            made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
-                if work.made(place):
-                    continue  # by who took the lease over from a process that slept too long
                 tables = records(engine, task, variants, example, answered, directory.run_id)
+                if leases.lost(work.left[place]) or work.made(place):
+                    continue  # who took it over, while this process slept too long, makes it or has made it
                 directory.write_example(work.left[place], tables, facts)
                 partial.clear(directory.path, example)
                 log.example(tables["samples"])
@@ -340,18 +342,6 @@ def _mark_divergence(rows: list[dict], variants: list[Variant], texts: dict[int,
         if full is not None and i in texts and texts[i] != full:
             shorter = min(len(full), len(texts[i]))
             row["first_divergence"] = next((j for j in range(shorter) if full[j] != texts[i][j]), shorter)
-
-
-def _rate(bar: tqdm, stage: str):
-    """Progress callback that shows tokens per second of a stage beside the bar."""
-    began, tokens = time(), 0
-
-    def progress(count: int) -> None:
-        nonlocal tokens
-        tokens += count
-        bar.set_postfix_str(f"{stage} {tokens} tok, {tokens / max(time() - began, 1e-9):.0f} tok/s", refresh=tokens == count)
-
-    return progress
 
 
 def _one_line(error: Exception) -> str:
@@ -428,6 +418,8 @@ def main() -> None:
             sys.exit(experiment.main(sys.argv[1:], run))
         sys.argv[1:] = cli.normalise(sys.argv[1:])
         folder = cli.check(sys.argv[1:])
+        if folder is not None:
+            sys.argv[1:] = map(by_name, sys.argv[1:])
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """What every run below a folder has done and still has to do: ``python -m macbench.status [runs]``.
 
-It only reads. ``running``: examples whose worker lives, as far as one can know from here: a worker on another machine counts as living
-while its heartbeat was written within the last two minutes. ``rate``: examples per hour since the workers of now began.
+It only reads. ``running``: examples whose worker lives, as far as one can know from here: a worker counts as living while its heartbeat
+was written within the last two minutes, unless it is known to be gone. ``rate``: examples per hour since the workers of now began.
 """
 
 import sys
@@ -49,7 +49,7 @@ def living(run: Path) -> dict[str, dict]:
     for part, lease in held(run).items():
         alive, worker = look(lease)
         try:
-            alive = time() - lease.stat().st_mtime < STALE if alive is None else alive
+            alive = alive is not False and time() - lease.stat().st_mtime < STALE
         except OSError:
             continue  # just finished
         if alive:

@@ -19,18 +19,28 @@ from macbench import asked
 from macbench.counting import TOTALS
 from macbench.environment import label
 from macbench.errors import FOREIGN, ConfigError, one_line
-from macbench.records import KEY, SCHEMAS, config_hash, find_runs, part_name
+from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
 
+# Findings of a run that are printed; one damaged table makes thousands.
+_SHOWN = 20
+
 
 @dataclass
 class Findings:
-    """``wrong``: what must not be. ``notes``: what one should know."""
+    """``wrong``: what must not be. ``notes``: what one should know. ``earlier``: columns that an earlier version of a table's schema lacks."""
 
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    earlier: dict[str, set[str]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """A verdict in its line, what is wrong below it, then the notes."""
+        lines = [*self.wrong[:_SHOWN], *([f"and {len(self.wrong) - _SHOWN} more"] if len(self.wrong) > _SHOWN else [])]
+        head = "WRONG" if self.wrong else "as it should be"
+        return "".join(f"{line}\n" for line in [head, *(f"  {line}" for line in [*lines, *(f"note: {note}" for note in self.notes)])])
 
 
 def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") -> Findings:
@@ -42,13 +52,15 @@ def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") ->
         found.notes.append("was written before runs kept what their name is a hash of")
     elif not run.resolve().name.endswith(config_hash(identity | {"protocol": environment.get("protocol")})):
         found.wrong.append("its name is not the hash of environment.json (identity, protocol)")
+    found.notes += [f"packed: {line}" for line in environment.get("packed", [])]
     tables, versions = _parts(run, found)
     if len(versions) > 1:
         found.notes.append(f"was made by {len(versions)} versions or machines: " + "; ".join(f"{v} ({n} examples)" for v, n in versions.items()))
+    found.notes += [f"{table} were written under an earlier schema, without {', '.join(sorted(names))}" for table, names in found.earlier.items()]
     if found.wrong:
         return found  # the rest would only repeat it
-    _sums(tables, found)
-    wanted = asked.read(run)
+    _sums(tables, environment.get("steps_of"), found)
+    wanted = asked.read(run) if (run / asked.FILE).exists() or not found.earlier else asked.answered(tables["samples"])
     _complete(tables["samples"], wanted, found)
     _summary(run, wanted, found)
     if examples:
@@ -79,39 +91,43 @@ def _parts(run: Path, found: Findings) -> tuple[dict[str, pd.DataFrame], dict[st
             except (OSError, pa.ArrowException) as error:
                 found.wrong.append(f"{path} cannot be read ({one_line(error)})")
                 continue
-            if not data.schema.equals(schema):
+            whole = data if data.schema.equals(schema) else completed(data, table)
+            if whole is None:
                 other = {*zip(data.schema.names, data.schema.types, strict=True)} ^ {*zip(schema.names, schema.types, strict=True)}
                 found.wrong.append(f"{path} has another schema (columns {', '.join(sorted({str(column) for column, _ in other}))})")
                 continue
-            keys = set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True))
-            if len(keys) == 1 and part_name(*next(iter(keys))) != path.stem:
-                found.wrong.append(f"{path} holds rows of another example")
-            if {*data["run_id"].to_pylist()} - {run.resolve().name}:
-                found.wrong.append(f"{path} holds rows of another run")
+            if absent := [name for name in schema.names if name not in data.schema.names]:
+                found.earlier[table] = found.earlier.get(table, set()) | {*absent}
+            if said := foreign(path, whole):
+                found.wrong.append(f"{path} {said}")
             if table == "samples":
                 version = label((data.schema.metadata or {}).get(b"macbench"))
-                versions[version] = versions.get(version, 0) + len(keys)
-            frames.append(data.to_pandas())
+                examples = len(set(zip(data["subtask"].to_pylist(), data["example_id"].to_pylist(), strict=True)))
+                versions[version] = versions.get(version, 0) + examples
+            frames.append(whole.to_pandas())
         tables[table] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=schema.names)
     for name in sorted(names["samples"] - names["steps"] | names["samples"] - names["layers"]):
         found.wrong.append(f"{run / 'samples' / name} has no counterpart in steps or layers")
     return tables, versions
 
 
-def _sums(tables: dict[str, pd.DataFrame], found: Findings) -> None:
-    """Steps and layers of an example add up to its sample row."""
+def _sums(tables: dict[str, pd.DataFrame], steps_of: list[str] | None, found: Findings) -> None:
+    """Steps and layers of an example add up to its sample row. ``steps_of``: the methods whose steps were packed, if not all."""
     samples = tables["samples"]
     for row in samples[samples.duplicated(KEY)].itertuples():
         found.wrong.append(f"{_place(row)} is recorded twice")
     good = samples[samples.error.isna()].drop_duplicates(KEY).set_index(KEY)
-    for table in ("steps", "layers"):
+    stepped = good
+    if steps_of is not None:
+        stepped = good[good.index.get_level_values("method").isin(steps_of)]
+    for table, mine in (("steps", stepped), ("layers", good)):
         sums = tables[table].groupby(KEY)[list(TOTALS)].sum()
-        joined = good.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
+        joined = mine.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
         for name in TOTALS:
             for key in joined.index[joined[name] != joined[f"{name}_sum"]]:
                 found.wrong.append(f"{name} of {' '.join(filter(None, key))} is not the sum of its {table}")
-    steps = tables["steps"].groupby(KEY).size().reindex(good.index, fill_value=0)
-    for key in good.index[good.decode_steps != steps]:
+    steps = tables["steps"].groupby(KEY).size().reindex(stepped.index, fill_value=0)
+    for key in stepped.index[stepped.decode_steps != steps]:
         found.wrong.append(f"{' '.join(filter(None, key))} has another number of step rows than decode_steps")
 
 
@@ -137,7 +153,8 @@ def _summary(run: Path, wanted: asked.Asked, found: Findings) -> None:
     samples = wanted.rows(run)
     table = summarise(samples, guesses(task, samples))
     if json.loads(table.to_json(orient="records")) != kept:
-        found.wrong.append("summary.json does not follow from the parts; the run's command writes it anew")
+        what = "summary.json does not follow from the parts; the run's command writes it anew"
+        (found.notes if found.earlier else found.wrong).append(what)  # an earlier version had another table, too
 
 
 def _place(row) -> str:
@@ -156,9 +173,7 @@ def main() -> None:
         for run in folders:
             found = verify(run, **options)
             wrong += len(found.wrong)
-            print(f"{run}: {'WRONG' if found.wrong else 'as it should be'}")
-            for line in [*found.wrong, *(f"note: {note}" for note in found.notes)]:
-                print(f"  {line}")
+            print(f"{run}: {found.text()}", end="")
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)

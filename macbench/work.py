@@ -31,7 +31,9 @@ class Work:
             if group:
                 yield group
                 for place in group:
-                    leases.release(self.left.pop(place))
+                    leases.release(self.left[place])
+                    if self.made(place):  # else who took it over makes it
+                        del self.left[place]
                 wait = _SHORTEST
             elif self.left:
                 waiting(len(self.left))

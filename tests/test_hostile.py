@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from contextlib import contextmanager
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from macbench.errors import ConfigError
 from macbench.models import gguf_header
 from macbench.models.weights import load, load_chat
 from macbench.partial import Partial
+from macbench.redact import by_name, redact
 from macbench.regenerate import regenerate
 from macbench.tasks.base import Example
 from macbench.tasks.longbench_v2 import data as longbench
@@ -68,6 +70,28 @@ def test_a_key_in_the_environment_appears_nowhere(macbench, tiny_args, tmp_path,
     assert not [str(path) for path in files if key.encode() in path.read_bytes()]
     assert key not in out + err
     assert all("_KEY>" in next(path for path in files if path.name == name).read_text() for name in ("config.yaml", "environment.json"))
+
+
+@pytest.mark.parametrize("name", ["HFTOKEN", "openai_apikey", "GITHUB_PAT", "DB_PASSWORDS", "MY_AUTH", "SECRET2"])
+def test_names_of_secrets(monkeypatch, name):
+    """Also within words, and as JSON or a URL spells the value."""
+    value = 'pa ss"wörd/1'
+    monkeypatch.setenv(name, value)
+    for spelled in (value, json.dumps({"x": value}), f"https://host/?q={quote(value, safe='')}"):
+        assert "rd/1" not in redact(spelled) and "rd%2F1" not in redact(spelled) and f"<{name}>" in redact(spelled)
+    assert by_name(f"logger.project=a{value}") == f"logger.project=a${{oc.env:{name}}}"
+
+
+def test_what_is_no_secret_stays_readable(monkeypatch, tmp_path):
+    """Where a key lies, how a tokenizer behaves, and what makes a keyboard."""
+    for name, value in (("KEY_FILE", str(tmp_path)), ("TOKENIZERS_MODE", "parallel-2"), ("KEYBOARD", "qwertz-layout"), ("AUTHOR", "somebody-x")):
+        monkeypatch.setenv(name, value)
+        assert redact(f"{value} {tmp_path}/runs") == f"{value} {tmp_path}/runs" and by_name(f"runs_dir={value}") == f"runs_dir={value}"
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:pass-of-mine@proxy:80")
+    assert redact("cannot reach me:pass-of-mine@proxy") == "cannot reach me:<HTTPS_PROXY>@proxy"
+    assert by_name("model.path=pass-of-mine") == "model.path=pass-of-mine"  # the variable holds more than that
+    monkeypatch.setenv("PIN_KEY", "12345678")
+    assert by_name("seed=12345678") == "seed=12345678"
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,15 @@ from tests.test_cli import macbench  # noqa: F401
 def test_shards_by_submitit_are_the_whole(macbench, tmp_path):  # noqa: F811
     model = kills.tiny_model(tmp_path / "model")
     sweep = ["-m", "shard=1/2,2/2", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
-    command = [sys.executable, "-m", "macbench.run", *kills.arguments(model, tmp_path / "sharded", 4), *sweep]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    key = "sk-fake-0123456789abcdefXYZ"
+    secret = ["++logger.project=own-" + key, "++logger.entity=${oc.env:HFTOKEN}"]
+    command = [sys.executable, "-m", "macbench.run", *kills.arguments(model, tmp_path / "sharded", 4), *secret, *sweep]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": key, "HFTOKEN": key}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "sharded").rglob("*") if path.is_file()]
+    assert {"multirun.yaml", "config.yaml"} <= {path.name for path in files} and any(path.suffix == ".pkl" for path in files)
+    assert not [str(path) for path in files if key.encode() in path.read_bytes()] and key not in done.stdout + done.stderr
     assert macbench(*kills.arguments(model, tmp_path / "whole", 4))[0] == 0
     sharded, whole = kills.tables(tmp_path / "sharded"), kills.tables(tmp_path / "whole")
     for table in SCHEMAS:

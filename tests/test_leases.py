@@ -99,6 +99,41 @@ def test_a_worker_elsewhere_is_dead_when_its_heartbeat_stands_still(tmp_path, el
     other.close()
 
 
+def test_a_stopped_worker_of_this_machine_is_taken_over_and_wakes_up_harmless(tmp_path, clock):
+    """Its lock stays, its heartbeat does not; afterwards the example is the new worker's until that one gives it back."""
+    stopped, mine, third = Leases(tmp_path, beat=1e9), Leases(tmp_path, beat=1e9), Leases(tmp_path, beat=1e9)
+    assert stopped.claim(PART) and not mine.claim(PART) and not stopped.lost(PART)
+    clock[0] += 119
+    assert not mine.claim(PART)
+    clock[0] += 2
+    assert mine.claim(PART)
+    assert stopped.lost(PART) and not mine.lost(PART)
+    stopped.release(PART)
+    assert held(tmp_path)[PART].name == PART + ".1" and not third.claim(PART) and not stopped.claim(PART)
+    mine.close()
+    assert not mine.last and (tmp_path / "leases" / stopped._worker.name).exists()  # it lives, after all
+    assert stopped.claim(PART) and not stopped.lost(PART)
+    for worker in (stopped, third):
+        worker.close()
+    assert third.last
+
+
+def test_who_was_cleared_away_elsewhere_comes_back(tmp_path, elsewhere, clock):
+    asleep = elsewhere(lambda: Leases(tmp_path, beat=1e9))
+    assert asleep.claim(PART)
+    mine = Leases(tmp_path)
+    assert not mine.claim(PART)
+    clock[0] += 121
+    mine.close()
+    assert mine.last and not (tmp_path / "leases").exists()
+    assert asleep.claim(PART)
+    late = Leases(tmp_path)
+    assert not late.claim(PART)
+    late.close()
+    asleep.close()
+    assert asleep.last
+
+
 def test_heartbeats_are_written(tmp_path, elsewhere):
     other = elsewhere(lambda: Leases(tmp_path, beat=0.01))
     assert other.claim(PART)

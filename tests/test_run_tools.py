@@ -1,4 +1,4 @@
-"""status, verify and merge on real runs of a tiny model."""
+"""status, verify, merge and pack on real runs of a tiny model."""
 
 import json
 import os
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
-from macbench import environment, merge, status, verify
+from macbench import environment, merge, pack, status, verify
 from macbench.leases import Leases
-from macbench.records import SCHEMAS, part_name
+from macbench.models import fingerprint
+from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
 from tests import kills
 from tests.test_cli import macbench  # noqa: F401
 
@@ -126,6 +129,18 @@ def test_changed_identity_and_schema_are_found(run, tool):
     assert "another schema" in tool(verify, run, "examples=0")[1]
 
 
+def test_an_earlier_schema_is_checked_by_its_own_columns(run, tool):
+    """As before columns were added, and before a run kept what it was asked; a column that was always there may not be missing."""
+    for table, names in (("samples", ["question_steps", "bytes_pre", "rho_page", "output_error"]), ("layers", ["output_error"])):
+        for path in (run / table).iterdir():
+            pq.write_table(pq.read_table(path).drop_columns(names), path)
+    (run / "asked.json").unlink()
+    code, out, _ = tool(verify, run, "examples=2", "device=cpu")
+    assert code == 0 and "layers were written under an earlier schema, without output_error" in out and "made again" in out, out
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(tokens_phys=1))
+    assert tool(verify, run, "examples=0")[0] == 1
+
+
 def test_a_text_that_no_model_wrote_is_found(run, tool):
     """Consistent in itself; only making the example again shows it."""
     for part in (run / "samples").iterdir():
@@ -151,6 +166,24 @@ def test_other_weights_are_another_run(run, again, macbench):  # noqa: F811
     (run / "environment.json").write_text(json.dumps(facts | {"weights_sha256": "0" * 64}))
     code, _, err = macbench(*again, "limit=5")
     assert code == 2 and "other weights" in err and err.count("\n") == 1
+
+
+def test_another_configuration_or_tokenizer_is_another_run(run, again, macbench, made, tmp_path):  # noqa: F811
+    """The weights are the same; what they mean is not. A folder elsewhere with the same files is the same model."""
+    shutil.copytree(made[0].parent / "model", tmp_path / "model")
+    model = OmegaConf.create({"path": str(tmp_path / "model")})
+    facts = json.loads((run / "environment.json").read_text())
+    before = {key: facts[key] for key in ("weights_sha256", "model_sha256")}
+    assert fingerprint.hashes(model) == before
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        content = (tmp_path / "model" / name).read_text()
+        (tmp_path / "model" / name).write_text(content + "\n")
+        after = fingerprint.hashes(model)
+        assert after["weights_sha256"] == before["weights_sha256"] and after["model_sha256"] != before["model_sha256"]
+        (tmp_path / "model" / name).write_text(content)
+    (run / "environment.json").write_text(json.dumps(facts | after))
+    code, _, err = macbench(*again, "limit=5")
+    assert code == 2 and "tokenizer" in err and err.count("\n") == 1
 
 
 # -- status -----------------------------------------------------------------------------------------------------------
@@ -210,7 +243,7 @@ def test_a_failed_example_is_replaced_by_a_good_one_and_never_the_other_way(run,
     assert "0 taken, 4 kept" in tool(merge, tmp_path / "good", tmp_path / "runs")[1]
 
 
-@pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "cut", "busy", "itself", "nothing"])
+@pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "rows", "run", "cut", "busy", "itself", "nothing"])
 def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
     args = [made[0], tmp_path / "runs"]
     copied = tmp_path / "target"
@@ -225,6 +258,10 @@ def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
         pq.write_table(pq.read_table(part).drop_columns(["kl_mean"]), part)
     elif change == "name":
         run.rename(run.with_name("mac-00000000"))
+    elif change == "rows":  # of another example: taken under this name, they would be there twice
+        shutil.copy(sorted((run / "layers").iterdir())[1], sorted((run / "layers").iterdir())[0])
+    elif change == "run":
+        rewrite(sorted((run / "steps").iterdir())[0], lambda rows: [row.update(run_id="mac-00000000") for row in rows])
     elif change == "cut":
         first(run, "samples").write_bytes(b"PAR1")
     elif change == "busy":
@@ -234,9 +271,80 @@ def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
         args[1] = run
     else:
         args[1] = tmp_path / "no-such-folder"
+    if change in ("rows", "run"):
+        shutil.rmtree(copied)
     before = {p: p.read_bytes() for p in copied.rglob("*.parquet")}
     code, _, err = tool(merge, *args)
     assert code == 2 and err.count("\n") == 1 and err.startswith("macbench: "), err
     assert before == {p: p.read_bytes() for p in copied.rglob("*.parquet")}
     if worker:
         worker.close()
+
+
+# -- pack -------------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, how) -> None:
+    pq.write_table(how(pq.read_table(path)), path)
+
+
+def test_a_packed_run_is_the_same_run(run, again, tmp_path, tool):
+    """One part a table, same rows, nothing left to compute; where the machine's folders were named, nothing is."""
+    before = read_table(run, "samples").sort_values(KEY, ignore_index=True)
+    code, out, err = tool(pack, tmp_path / "kept", run)
+    assert code == 0 and "as it should be" in out, out + err
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert [p.name for p in kept.rglob("*.parquet")] == ["part-all.parquet"] * 3
+    pd.testing.assert_frame_equal(read_table(kept, "samples").sort_values(KEY, ignore_index=True), before)
+    environment = json.loads((kept / "environment.json").read_text())
+    assert "host" not in environment and "runs_dir=DIR" in environment["command"]
+    metadata = pq.read_schema(kept / "steps" / "part-all.parquet").metadata[b"macbench"].decode()
+    runs_dir = next(a for a in again if a.startswith("runs_dir=")).removeprefix("runs_dir=")
+    assert all(runs_dir not in text for text in (metadata, (kept / "config.yaml").read_text(), (kept / "environment.json").read_text()))
+    args = [a for a in again if not a.startswith("runs_dir=")]
+    done = subprocess.run([sys.executable, "-m", "macbench.run", *args, f"runs_dir={tmp_path / 'kept'}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing left to compute" in done.stderr
+    assert tool(pack, tmp_path / "kept", run)[0] == 2  # never over what is there
+
+
+def test_runs_of_earlier_versions_can_be_packed(run, tmp_path, tool):
+    """Columns that did not exist are null, what was asked follows from the rows, steps that were left out are said to be."""
+    for path in (run / "samples").glob("*.parquet"):
+        change(path, lambda data: data.drop_columns(["rho_page", "output_error"]))
+    for path in (run / "steps").glob("*.parquet"):
+        change(path, lambda data: data.filter(pc.equal(data["method"], "mac")))
+    (run / "asked.json").unlink()
+    assert tool(verify, run, "examples=0")[0] == 1
+    code, out, err = tool(pack, tmp_path / "kept", run)
+    assert code == 0, out + err
+    assert "samples had no rho_page, output_error" in out and "had the steps of mac alone" in out and "had no asked.json" in out
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert read_table(kept, "samples").rho_page.isna().all() and set(read_table(kept, "steps").method) == {"mac"}
+    steps = kept / "steps" / "part-all.parquet"
+    change(steps, lambda data: data.slice(1))
+    code, out, _ = tool(verify, kept, "examples=0")
+    assert code == 1 and "is not the sum of its steps" in out
+
+
+def test_a_folder_of_the_machine_leaves_the_name(run, tmp_path, tool):
+    """Where the weights' file lay was part of names once; its hash says what it holds."""
+    environment = json.loads((run / "environment.json").read_text())
+    identity = environment["identity"] | {"model": environment["identity"]["model"] | {"gguf": "/somewhere/x.gguf"}}
+    name = f"mac-{config_hash(identity | {'protocol': environment['protocol']})}"
+    (run / "environment.json").write_text(json.dumps(environment | {"identity": identity}))
+    code, out, _ = tool(pack, tmp_path / "kept", run.rename(run.with_name(name)))
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert code == 0 and f"was {name}" in out and kept.is_dir() and set(read_table(kept, "layers").run_id) == {run.name}
+
+
+@pytest.mark.parametrize("what", ["no run", "two versions", "a foreign column"])
+def test_what_cannot_be_packed(run, tmp_path, tool, what):
+    if what == "no run":
+        (run / "environment.json").unlink()
+    path = min((run / "samples").glob("*.parquet"))
+    if what == "two versions":
+        change(path, lambda data: data.replace_schema_metadata({"macbench": json.dumps({"device": "abacus"})}))
+    if what == "a foreign column":
+        change(path, lambda data: data.append_column("x", pa.array(range(len(data)))))
+    code, _, err = tool(pack, tmp_path / "kept", run)
+    assert code == 2 and err.count("\n") == 1 and not any((tmp_path / "kept").rglob("*.parquet"))

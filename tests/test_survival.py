@@ -45,6 +45,46 @@ def test_sigterm_gives_the_leases_back(tmp_path):
     assert not [p for p in runs.rglob("*") if p.name.startswith(".")]
 
 
+def stoppable(args, log):
+    """A worker whose heartbeat counts as lost after half a second, and that stops itself as soon as it has made its first example."""
+    leases = run_module.Leases
+    run_module.Leases = lambda path: leases(path, beat=0.05, stale=0.5)
+    write, records = run_module.RunDirectory.write_example, run_module.records
+
+    def stops(*args):
+        made = records(*args)
+        if not log.with_suffix(".stopped").exists():
+            log.with_suffix(".stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return made
+
+    def written(self, part, *args):
+        with log.with_suffix(".written").open("a") as file:
+            file.write(f"{os.getpid()} {part}\n")
+        write(self, part, *args)
+
+    run_module.records, run_module.RunDirectory.write_example = stops, written
+    kills.work(args, log)
+
+
+def test_a_stopped_worker_is_taken_over_and_writes_nothing_twice(tmp_path):
+    context, log, runs = kills.forks(), tmp_path / "log", tmp_path / "runs"
+    args = kills.arguments(kills.tiny_model(tmp_path / "model"), runs, 6)
+    stopped = context.Process(target=stoppable, args=(args, log))
+    stopped.start()
+    deadline = time.time() + 120
+    while not log.with_suffix(".stopped").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    other = context.Process(target=stoppable, args=(args, log))
+    other.start()
+    assert kills.finish([other], 120) == [0] and kills.parts(runs) == 6
+    assert list(runs.rglob("leases/worker-*"))  # of the stopped one, which lives
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert kills.finish([stopped], 60) == [0] and not list(runs.rglob("leases"))
+    written = [line.split() for line in log.with_suffix(".written").read_text().splitlines()]
+    assert len({part for _, part in written}) == len(written) == 6 and {int(pid) for pid, _ in written} == {other.pid}
+
+
 def test_a_process_makes_what_no_other_has_and_waits_for_the_rest(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
     """Another worker holds one of three examples and dies while this one waits."""
     args = [*tiny_args, "method=full"]
@@ -62,6 +102,19 @@ def test_a_process_makes_what_no_other_has_and_waits_for_the_rest(macbench, tiny
     monkeypatch.setattr("macbench.work.sleep", sleep)
     assert macbench(*args, "limit=4")[0] == 0
     assert slept == [3, 3, 3] and len(samples(tmp_path)) == 4 and not (run / "leases").exists()
+
+
+def test_a_worker_that_dies_after_the_last_example_leaves_nothing(macbench, tiny_args, tmp_path):  # noqa: F811
+    """Nothing is left to compute, so that nobody takes leases any more; the next command clears away all the same."""
+    args = [*tiny_args, "method=full", "limit=1"]
+    assert macbench(*args)[0] == 0
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    dead = Leases(run)
+    assert dead.claim(part_name("niah_single_1", "0"))
+    (run / "samples" / ".writing-part").touch()
+    assert macbench(*args)[0] == 0 and (run / "leases").exists() and (run / "samples" / ".writing-part").exists()
+    os.close(dead._file)  # the kernel lets go of a dead process's lock
+    assert macbench(*args)[0] == 0 and not (run / "leases").exists() and not (run / "samples" / ".writing-part").exists()
 
 
 def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811

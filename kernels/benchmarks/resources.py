@@ -34,9 +34,12 @@ from macbench_kernels import (
     triton_summaries,
 )
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+    torch.uint8: "*u8",
+}  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 compiled: dict[str, tuple] = {}
 
 
@@ -143,6 +146,8 @@ if __name__ == "__main__":
         mock.patch.object(triton_match, "dependent_launch", lambda device: True),
         mock.patch.object(triton_attend, "dependent_launch", lambda device: True),
         mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_quantised, "INTERPRETED", False),
+        mock.patch.object(triton_quantised, "dependent_launch", lambda device: True),
         mock.patch.object(triton_selected, "dependent_launch", lambda device: True),
         mock.patch.object(triton_summaries, "dependent_launch", lambda device: True),
     ):

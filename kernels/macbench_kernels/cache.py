@@ -127,6 +127,14 @@ class PagedKVCache:
                 pieces.append((k[:, here], v[:, here]))
         return pieces
 
+    def stacked(self, layers: slice, request: int, start: int, stop: int, side: int) -> torch.Tensor:
+        """Keys (side 0) or values (side 1) of the tokens [start, stop) of a request in several layers, [layers, kv_heads, n, head_dim]: a view
+        if the pages are contiguous."""
+        rows = (self.pool.k, self.pool.v)[side][layers].flatten(2, 3)
+        spans = [(max(a, start), min(b, stop), slot - a) for a, b, slot in self.runs(request)]
+        pieces = [rows[:, :, lo + shift : hi + shift] for lo, hi, shift in spans if lo < hi]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else rows[:, :, :0]
+
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int | list[int]) -> None:

@@ -1,7 +1,7 @@
 """k-means of several independent sets of points at once, in float32 (float64 for float64 points); torch operations for every device.
 
-Shapes: points [H, n, d], centroids [H, k, d], labels int64 [H, n]. Random choices come from a generator on the host, so that they do
-not depend on the device. Means are sums in whatever order the device adds.
+Shapes: points [H, n, d], centroids [H, k, d], labels int64 [H, n]. Random choices are made on the host, so that they do not depend on the
+device. Means are sums in whatever order the device adds.
 """
 
 import torch
@@ -26,10 +26,9 @@ def means(rows: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tenso
     return total / count.clamp(min=1)[..., None], count
 
 
-def draw(points: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """Indices int64 [H, k] of k distinct random points of each set."""
-    chosen = [torch.randperm(points.shape[1], generator=generator)[:k] for _ in range(points.shape[0])]
-    return torch.stack(chosen).to(points.device)
+def draw(sets: int, n: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices int64 [sets, k] of k distinct random points of n for each set, on the host."""
+    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(sets)])
 
 
 def take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -37,13 +36,11 @@ def take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return points.gather(1, index[..., None].expand(-1, -1, points.shape[-1]))
 
 
-def lloyd(points: torch.Tensor, centroids: torch.Tensor, iterations: int, generator: torch.Generator) -> torch.Tensor:
-    """Centroids after ``iterations`` of assigning and averaging; an empty cluster starts again at a random point, or stays where it is in the end."""
-    k = centroids.shape[1]
-    # All at once: every transfer waits for the device.
-    random = torch.randint(points.shape[1], (iterations - 1, *centroids.shape[:2]), generator=generator).to(points.device)
-    for i in range(iterations):
-        average, count = means(points, nearest(points, centroids), k)
-        other = centroids if i == iterations - 1 else take(points, random[i])
+def lloyd(points: torch.Tensor, centroids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
+    """Centroids after one more iteration of assigning and averaging than ``anew`` has rows. An empty cluster starts again at the point that its
+    row of ``anew`` int [iterations - 1, H, k] names, or stays where it is in the end."""
+    for row in [*anew.to(points.device).long(), None]:
+        average, count = means(points, nearest(points, centroids), centroids.shape[1])
+        other = centroids if row is None else take(points, row)
         centroids = torch.where(count[..., None] > 0, average, other)
     return centroids

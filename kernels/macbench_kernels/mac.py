@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from macbench_kernels.cache import PagedKVCache
-from macbench_kernels.ring import Ring
+from macbench_kernels.ring import Ring, scanned_rows
 from macbench_kernels.state import State, merge
 
 
@@ -30,7 +30,8 @@ class MacStep(NamedTuple):
 
     ``out`` [B, Hq, d] in the query's dtype. ``spans`` int32 [S, 2, B, Hq]: the (start, stop) of the disjoint key ranges that were read:
     before the band of this token, its band, and the sinks if there are any. ``looked_up`` bool [B, Hq]: a ring record was read.
-    ``hit`` bool: it was used. ``chain`` int32: reuses that the new ring entry is built on.
+    ``hit`` bool: it was used. ``chain`` int32: reuses that the new ring entry is built on. ``scanned`` int32 [B]: ring rows that a match of
+    a head looked at.
     """
 
     out: torch.Tensor
@@ -38,6 +39,7 @@ class MacStep(NamedTuple):
     looked_up: torch.Tensor
     hit: torch.Tensor
     chain: torch.Tensor
+    scanned: torch.Tensor
 
 
 def compose(match: Callable, attend: Callable) -> Callable[..., MacStep]:
@@ -69,6 +71,6 @@ def compose(match: Callable, attend: Callable) -> Callable[..., MacStep]:
             result = merge(result, State(*fresh))
         chain = torch.where(hit, depth + 1, 0)
         ring.write(position, q_pre, amended, chain)
-        return MacStep(result.out.to(q.dtype), spans, found.hit, hit, chain)
+        return MacStep(result.out.to(q.dtype), spans, found.hit, hit, chain, scanned_rows(position, ring.capacity, params.min_context))
 
     return mac_step

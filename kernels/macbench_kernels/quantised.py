@@ -15,8 +15,6 @@ from macbench_kernels.state import State, empty_state
 
 # Smallest scale of symmetric codes; vLLM's per-token-head INT8.
 SMALLEST_SCALE = 1e-6
-# Tokens that are quantised at once, a multiple of every group: bounds the memory of the float32 and int64 intermediates.
-_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -112,20 +110,14 @@ class Codes:
             None if scheme.symmetric else buffer(f"{prefix} zero", *size, dtype=parameter),
         )
 
-    def write(self, request: int, start: int, x: torch.Tensor) -> None:
-        """Quantise x [Hkv, n, d] as the tokens from ``start`` of a request; both multiples of the group's tokens."""
+    def write(self, request: int | slice, start: int, x: torch.Tensor) -> None:
+        """Quantise x [Hkv, n, d] as the tokens from ``start`` of a request, or of several: [B, Hkv, n, d]; both multiples of the group's tokens."""
         codes, scale, zero = encode(x, self.scheme)
-        stop, size = start + x.shape[1], self.scheme.tokens
+        stop, size = start + x.shape[-2], self.scheme.tokens
         self.words[request, :, start:stop] = pack(codes, self.scheme.bits)
         self.scale[request, :, start // size : stop // size] = scale
         if zero is not None:
             self.zero[request, :, start // size : stop // size] = zero
-
-    def copy(self, cache: PagedKVCache, layer: int, side: int, request: int, start: int, stop: int) -> None:
-        """Quantise the tokens [start, stop) of a request out of the cache, keys (side 0) or values (side 1); both multiples of the group's tokens."""
-        for first in range(start, stop, _CHUNK):
-            pieces = cache.slice(layer, request, first, min(first + _CHUNK, stop))
-            self.write(request, first, torch.cat([piece[side] for piece in pieces], 1))
 
     def read(self, request: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised tokens [0, stop) of a request: [Hkv, stop, d]."""

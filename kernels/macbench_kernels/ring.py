@@ -96,4 +96,4 @@ def slot_positions(position: torch.Tensor, capacity: int) -> torch.Tensor:
 
 def scanned_rows(position: torch.Tensor, capacity: int, min_context: int) -> torch.Tensor:
     """How many rows a match at ``position`` reads, int [batch]: those that were written, or none below ``min_context`` visible tokens."""
-    return position.clamp(max=capacity) * (position + 1 >= min_context)
+    return position.clamp(0, capacity) * (position + 1 >= min_context)

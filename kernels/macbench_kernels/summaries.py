@@ -19,17 +19,17 @@ def rounded(units: int) -> int:
     return max(128, -(-units // 128) * 128)
 
 
-def build_bounds(bounds: torch.Tensor, request: int, keys: torch.Tensor, size: int) -> None:
-    """Bounds of ``keys`` [Hkv, n, d], cut into units of ``size``, into the table of a request [B, Hkv, d or 2d, units]."""
-    n, dim = keys.shape[1:]
+def build_bounds(bounds: torch.Tensor, keys: torch.Tensor, size: int) -> None:
+    """Bounds of ``keys`` [..., n, d], cut into units of ``size``, into a table [..., d or 2d, units] for as many heads."""
+    n, dim = keys.shape[-2:]
     units = -(-n // size)
     if not units:
         return
-    padded = torch.cat([keys, keys[:, -1:].expand(-1, units * size - n, -1)], 1)  # copies of a key move no bound of its unit
-    low, high = padded.unflatten(1, (units, size)).aminmax(dim=2)
-    bounds[request, :, :dim, :units] = high.mT
-    if bounds.shape[2] > dim:
-        bounds[request, :, dim:, :units] = low.mT
+    padding = keys[..., -1:, :].expand(*keys.shape[:-2], units * size - n, -1)  # copies of a key move no bound of its unit
+    low, high = torch.cat([keys, padding], -2).unflatten(-2, (units, size)).aminmax(dim=-2)
+    bounds[..., :dim, :units] = high.mT
+    if bounds.shape[-2] > dim:
+        bounds[..., dim:, :units] = low.mT
 
 
 def extend_bounds(bounds: torch.Tensor, cache: PagedKVCache, layer: int, size: int, skipped: torch.Tensor | None = None) -> None:

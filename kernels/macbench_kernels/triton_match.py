@@ -7,6 +7,8 @@ The rows of a head are split over several programs. A split leaves one int64 per
 so that the minimum over splits is the nearest row and ties go to the lowest. Whoever needs the match takes that minimum itself.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -18,43 +20,38 @@ BLOCK_ROWS = 64
 # Rows of a head are split until there are about this many programs per multiprocessor.
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 8
+_AHEAD = os.environ.get("MACBENCH_TMP_AHEAD", "1") == "1"  # temporary: for comparison on a GPU
 NOTHING: tl.constexpr = tl.constexpr(0x7F800000 << 32)  # infinitely far, row 0, empty
 
 
 @triton.jit
 def _scan(
-    q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr, found_ptr,
+    q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr, found_ptr, scanned_ptr,
     shift, radius, oldest, max_chain, min_context, heads, capacity, share,
     dim: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
-    follow(EARLY)
+    # Positions and ring were written at least two launches ago: a tile of the ring is on its way while the predecessor makes the query.
+    if not AHEAD:
+        follow(EARLY)
     position = tl.load(position_ptr + row // heads) + shift
-    q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
-    rows = tl.where(position + 1 >= min_context, tl.minimum(position, capacity), 0)
+    rows = tl.where(position + 1 >= min_context, tl.minimum(tl.maximum(position, 0), capacity), 0)
     base = row.to(tl.int64) * capacity
-    last = position - 1
-    turn = last - (last + capacity) % capacity  # rows up to that of `last` were written in this turn, the others one turn earlier
-    best = tl.full([BLOCK], NOTHING, tl.int64)
     begin = split * share
-    for block in tl.range(begin, tl.minimum(begin + share, rows), BLOCK, num_stages=STAGES):
+    end = tl.minimum(begin + share, rows)
+    slot = begin + tl.arange(0, BLOCK)
+    tile = _rows(ring_ptr, base, slot, end, channel, dim, DIM)
+    if AHEAD:
+        follow(EARLY)
+    q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    best = _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN)
+    for block in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        written = slot < rows
-        held = turn + slot
-        held = tl.where(held > last, held - capacity, held)
-        eligible = written & (held >= oldest)
-        if CHAIN:
-            eligible = eligible & (tl.load(depth_ptr + base + slot, mask=written, other=0) < max_chain)
-        inside = written[:, None]
-        if dim != DIM:
-            inside = inside & (channel < dim)[None, :]
-        old = tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
-        gap = old.to(tl.float32) - q[None, :]
-        distance = tl.where(eligible, tl.sum(gap * gap, 1), float("inf"))
-        key = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (slot.to(tl.int64) << 1)
-        best = tl.minimum(best, tl.where(eligible, key, NOTHING))
+        tile = _rows(ring_ptr, base, slot, end, channel, dim, DIM)
+        best = tl.minimum(best, _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN))
     near = tl.min(best, 0)
     distance, slot, _ = unpack(near)
     # A row that was never filled holds the empty state: it can be near, but there is nothing to reuse.
@@ -62,6 +59,29 @@ def _scan(
     target = split * tl.num_programs(0) + row
     tl.store(found_ptr + target, lse)
     tl.store(keys_ptr + target, near | (lse > float("-inf")).to(tl.int64))
+    tl.store(scanned_ptr + row // heads, rows, mask=(split == 0) & (row % heads == 0))
+
+
+@triton.jit
+def _rows(ring_ptr, base, slot, end, channel, dim: tl.constexpr, DIM: tl.constexpr):
+    """Queries [n, DIM] of the ring rows ``slot`` below ``end``."""
+    inside = (slot < end)[:, None]
+    if dim != DIM:
+        inside = inside & (channel < dim)[None, :]
+    return tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _keys(tile, q, slot, end, depth_ptr, position, capacity, oldest, max_chain, CHAIN: tl.constexpr):
+    """Packed matches int64 [n] of q with the rows ``slot`` of one head's ring; NOTHING where a row is not eligible."""
+    held = source_of(slot, position, capacity)
+    eligible = (slot < end) & (held >= oldest)
+    if CHAIN:
+        eligible = eligible & (tl.load(depth_ptr + slot, mask=slot < end, other=0) < max_chain)
+    gap = tile.to(tl.float32) - q[None, :]
+    distance = tl.where(eligible, tl.sum(gap * gap, 1), float("inf"))
+    key = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (slot.to(tl.int64) << 1)
+    return tl.where(eligible, key, NOTHING)
 
 
 @triton.jit
@@ -118,10 +138,12 @@ def _report(
 
 def scan(
     q: torch.Tensor, ring: Ring, position: torch.Tensor, shift: int, radius: float, oldest: int, max_chain: int | None, min_context: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added. The launch right before this one may have
+    made q, but not what ring or position hold: they are read before it ends.
 
-    Returns packed matches int64 [splits, B, Hq], and the lse of the matched rows float32 [splits, B, Hq] (-inf outside the radius).
+    Returns packed matches int64 [splits, B, Hq], the lse of the matched rows float32 [splits, B, Hq] (-inf outside the radius), and how many
+    rows of each head's ring were scanned, int32 [B].
     """
     batch, heads, dim = q.shape
     wide = triton.next_power_of_2(dim)
@@ -131,13 +153,15 @@ def scan(
     share = triton.cdiv(triton.cdiv(ring.capacity, splits), block) * block
     keys = torch.empty(splits, batch, heads, dtype=torch.int64, device=q.device)
     found = torch.empty(splits, batch, heads, dtype=torch.float32, device=q.device)
+    scanned = torch.empty(batch, dtype=torch.int32, device=q.device)
     early = dependent_launch(q.device)
     _scan[(batch * heads, splits)](
-        q, ring.q, ring.lse, ring.depth, position, keys, found,
+        q, ring.q, ring.lse, ring.depth, position, keys, found, scanned,
         shift, radius, max(oldest, 0), 0 if max_chain is None else max_chain, min_context, heads, ring.capacity, share,
-        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, num_warps=4, **launch_options(early),
+        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, AHEAD=_AHEAD, num_warps=4,
+        **launch_options(early),
     )  # fmt: skip
-    return keys, found
+    return keys, found, scanned
 
 
 def match(
@@ -156,7 +180,7 @@ def match(
         return Match(slot, source, distance, hit)
     early = dependent_launch(q.device)
     with on_device(q):
-        keys, _ = scan(q, ring, position, 0, radius, oldest, max_chain, min_context)
+        keys, _, _ = scan(q, ring, position, 0, radius, oldest, max_chain, min_context)
         _report[(triton.cdiv(rows, 128),)](
             keys, position, slot, source, distance, hit, radius, shape[1], rows, ring.capacity,
             SPLITS=keys.shape[0], BLOCK=128, EARLY=early, **launch_options(early),

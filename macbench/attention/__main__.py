@@ -18,6 +18,7 @@ import torch
 from macbench import environment
 from macbench.attention import methods, table
 from macbench.attention.bench import NO_GPU, NoGPU, compare, measure
+from macbench.redact import redact
 
 _PEERS = ["flashinfer", "flashinfer_tc", "triton"]
 _LAYOUTS = {"heads": ["32/8", "32/4"], "batch": [1, 16, 64], "backends": _PEERS, "steps": 25}
@@ -40,7 +41,7 @@ def facts(device: str, module: str = "macbench.attention") -> dict:
     loaded = {name: sys.modules.get(name) for name in ("torch", "triton", "flashinfer", "flash_attn")}
     versions = {name: getattr(package, "__version__", "?") for name, package in loaded.items() if package is not None}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *map(redact, sys.argv[1:])])
     return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
 
 

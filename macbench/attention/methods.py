@@ -12,6 +12,8 @@ import pyarrow as pa
 import torch
 from macbench_kernels import OutOfPages, PagedKVCache, PagePool, UnsupportedError, kernels
 
+from macbench.attention.phases import NAMES, phases
+from macbench.attention.table import show
 from macbench.attention.timing import copy_bandwidth, rounds
 from macbench.counting import READ_CATEGORIES, Ledger, Shape
 from macbench.errors import ConfigError, one_line
@@ -37,11 +39,14 @@ METHODS = {
     "oracle_topk": OracleTopK,
 }  # fmt: skip
 BANDWIDTH, SLACK, CONSTANT_MS = 2.75e12, 1.3, 0.015
+# Budgets that are tried in turn where a method cannot read as little as was asked.
+LARGER = (0.07, 0.1, 0.25, 0.55, 0.8)
 SCHEMA = pa.schema(
     [("method", pa.string()), ("knobs", pa.string())]
     + [(name, pa.int64()) for name in ("q_heads", "kv_heads", "head_dim", "batch", "ctx", "layers")]
     + [(name, pa.float64()) for name in ("budget", "time_ms", "bytes_counted", "rho_bytes", "target_ms", "over_target", "setup_s", "copy_bandwidth")]
-    + [("error", pa.string())]
+    + [(name, pa.float64()) for name in (*NAMES, "launches")]
+    + [("slowest", pa.string()), ("floor", pa.string()), ("error", pa.string())]
 )
 
 
@@ -49,8 +54,8 @@ def measure(
     budget: float = 0.05, ctx: int = 127 << 10, batch: int = 16, heads: str = "32/8", head_dim: int = 128, layers: int = 4, page_size: int = 16,
     methods: Iterable[str] = tuple(METHODS), replays: int = 20, device: str = "cuda", seed: int = 42, say=lambda row: None,
 ) -> list[dict]:  # fmt: skip
-    """One row per method, see SCHEMA; times and bytes are per layer. A method that cannot read so little runs as it is, if it has no knob, or
-    is a row with its floor."""
+    """One row per method, see SCHEMA; times and bytes are per layer. A method that cannot read so little runs at the least of ``LARGER`` that it
+    can, with its ``floor`` in the row, or as it is if it has no knob."""
     q_heads, kv_heads = map(int, heads.split("/"))
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -65,7 +70,8 @@ def measure(
     for name in methods:
         row = dict.fromkeys(SCHEMA.names) | facts | {"method": name, "copy_bandwidth": copy_bandwidth(device)}
         try:
-            row |= _step(_fitted(METHODS[name](), budget, ctx, shape), pool, shape, ctx, generator, replays)
+            method, row["budget"], row["floor"] = _fitted(METHODS[name](), budget, ctx, shape)
+            row |= _step(method, pool, shape, ctx, generator, replays)
         except (ConfigError, UnsupportedError, OutOfPages, RuntimeError) as error:
             row["error"] = one_line(error)
         gc.collect()
@@ -88,10 +94,17 @@ def rotation(dim: int):
     return rotate
 
 
-def _fitted(method: Method, budget: float, ctx: int, shape: Shape) -> Method:
+def _fitted(method: Method, budget: float, ctx: int, shape: Shape) -> tuple[Method, float | None, str | None]:
+    """The method at ``budget``, or at the first of ``LARGER`` that it reaches; the budget that it got; and why it is another one."""
     if isinstance(method, Full | KIVI | INT8):
-        return method
-    return method.fit(budget, ctx, shape)
+        return method, None, None
+    floor = None
+    for rho in (budget, *(larger for larger in LARGER if larger > budget)):
+        try:
+            return method.fit(rho, ctx, shape), rho, floor
+        except ConfigError as error:
+            floor = floor or one_line(error)
+    raise ConfigError("budget", budget, floor)
 
 
 @torch.inference_mode()
@@ -107,11 +120,13 @@ def _step(method: Method, pool: PagePool, shape: Shape, ctx: int, generator: tor
         n = min(ctx - 1, method.prompt_queries)
         places = torch.arange(ctx - 1 - n, ctx - 1, device=shape.device)
         began = _now(shape.device)
-        for index in range(shape.layers):
-            for request in range(shape.batch):
+        for request in range(shape.batch):
+            queries = []
+            for _ in range(shape.layers):
                 q_pre = normal(1, shape.q_heads, n, shape.head_dim)
                 sums = torch.rand(shape.kv_heads, ctx - 1, device=shape.device) if method.prompt_column_sums else None
-                method.after_prefill(index, request, PromptQueries(q_pre, shape.rotate(q_pre, places), ctx - 1 - n, sums), cache)
+                queries.append(PromptQueries(q_pre, shape.rotate(q_pre, places), ctx - 1 - n, sums))
+            method.after_prompt(request, queries, cache)
         setup = _now(shape.device) - began
         q_pre = normal(shape.layers, shape.batch, shape.q_heads, shape.head_dim)
         q = shape.rotate(q_pre[..., None, :], torch.tensor([ctx - 1], device=shape.device))[..., 0, :].contiguous()
@@ -130,13 +145,14 @@ def _step(method: Method, pool: PagePool, shape: Shape, ctx: int, generator: tor
         counted = {key: int(values[-1].sum()) for key, values in counts.items()}
         method.ledger = _Muted()
         times = rounds(attend, lambda i: None, replays, shape.layers, "graph" if shape.device == "cuda" else "cpu", 4)
+        parts = phases(attend, shape.layers) if shape.device == "cuda" else {}
     finally:
         method.forget()
         cache.free()
     read = sum(counted[f"bytes_{c}"] for c in READ_CATEGORIES) / shape.layers
     target = SLACK * read / BANDWIDTH * 1e3 + CONSTANT_MS
     knobs = " ".join(f"{k}={getattr(method, k)}" for k in method.__dataclass_fields__)
-    return {
+    return parts | {
         "knobs": knobs, "time_ms": times["time_ms"], "bytes_counted": read, "rho_bytes": read * shape.layers / counted["bytes_full"],
         "target_ms": target, "over_target": times["time_ms"] / target, "setup_s": setup,
     }  # fmt: skip
@@ -155,13 +171,21 @@ def _now(device) -> float:
     return perf_counter()
 
 
-HEADER = f"{'method':<14} {'ms/layer':>9} {'MB counted':>11} {'rho_bytes':>9} {'target':>8} {'/target':>8}  knobs"
+HEADER = (
+    f"{'method':<14} {'budget':>6} {'ms/layer':>9} {'MB counted':>11} {'rho_bytes':>9} {'target':>8} {'/target':>8} "
+    f"{'attention':>9} {'choice':>7} {'torch':>7} {'launches':>8}  knobs"
+)
 
 
 def line(row: dict) -> str:
+    """One row; below it what its kernels say, and why it is not at the budget that was asked for."""
     if row["error"]:
         return f"{row['method']:<14} {row['error']}"
-    return (
-        f"{row['method']:<14} {row['time_ms']:>9.4f} {row['bytes_counted'] / 1e6:>11.1f} {row['rho_bytes']:>9.4f} {row['target_ms']:>8.4f} "
-        f"{row['over_target']:>8.2f}  {row['knobs']}"
+    parts = " ".join(show(row[name], form) for name, form in zip((*NAMES, "launches"), ("9.4f", "7.4f", "7.4f", "8.1f"), strict=True))
+    return "\n    ".join(
+        [
+            f"{row['method']:<14} {show(row['budget'], '6.2f')} {row['time_ms']:>9.4f} {row['bytes_counted'] / 1e6:>11.1f} {row['rho_bytes']:>9.4f} "
+            f"{row['target_ms']:>8.4f} {row['over_target']:>8.2f} {parts}  {row['knobs']}",
+            *(row[name] for name in ("slowest", "floor") if row[name]),
+        ]
     )

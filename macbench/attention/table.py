@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from macbench.redact import redact
+
 _TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
 SCHEMA = pa.schema(
     [(name, _TEXT) for name in ("method", "backend", "mode")]
@@ -26,7 +28,7 @@ SCHEMA = pa.schema(
 def write(rows: list[dict], path: Path, facts: dict, schema: pa.Schema = SCHEMA) -> None:
     """One parquet file; ``facts`` (JSON: device, versions, command) goes into its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"macbench": json.dumps(facts)}))
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"macbench": redact(json.dumps(facts))}))
     pq.write_table(table, path, compression="zstd")
 
 

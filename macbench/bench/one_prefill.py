@@ -1,91 +1,130 @@
 """What a comparison costs: several methods on one prefill, beside as many runs of their own, and beside one prefill and the decodes alone.
 
-    python -m macbench.bench.one_prefill model=smollm2_128k ctx=32768 device=cuda [new_tokens=128] [data_path=DIR] [gguf=FILE] [repeats=3]
+    python -m macbench.bench.one_prefill model=smollm2_128k ctx=32768 device=cuda [methods=[quest,snapkv]] [new_tokens=128] [repeats=1]
+        [data_path=DIR] [gguf=FILE] [adapter=DIR] [out=runs/reference/h100/one_prefill.parquet]
 
-A real prompt (an essay to be continued), greedy, every method with its published settings. Ways alternate and change order; medians.
+A real prompt (an essay to be continued), greedy, every method with its published settings. Before anything is timed, every method makes two
+tokens, which compiles its kernels and captures its step. Ways alternate and change order; medians. Rows: one per way and repeat,
+and of those parts that are timed by themselves.
 """
 
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import pyarrow as pa
 from omegaconf import OmegaConf
+
+from macbench.errors import ConfigError, choose
 
 DEFAULTS = OmegaConf.create(
     {
         "model": "smollm2",
         "ctx": 4096,
         "new_tokens": 64,
+        "methods": None,
         "device": "cpu",
         "backend": "auto",
         "data_path": None,
         "gguf": None,
         "adapter": None,
-        "repeats": 3,
+        "repeats": 1,
+        "out": None,
     }
 )
+# ``way``: together, apart or parts; ``part``: empty for the whole of it, else prefill or a method.
+SCHEMA = pa.schema([("way", pa.string()), ("part", pa.string()), ("repeat", pa.int64()), ("seconds", pa.float64())])
 
 
-def main() -> None:
+def measure(engine, ids: list[int], methods: dict, new_tokens: int, repeats: int, say=print) -> list[dict]:
+    """Rows of ``SCHEMA``. ``methods``: by name; ``ids``: the prompt."""
+
+    def prefill(*wanted):
+        return engine.prefill(ids, max(m.prompt_queries for m in wanted), column_sums=any(m.prompt_column_sums for m in wanted))
+
+    def decode(prompt, tokens: int = new_tokens) -> Iterable[tuple[str, float]]:
+        for name, method in methods.items():
+            began = perf_counter()
+            engine.decode(prompt, method, tokens)
+            yield name, perf_counter() - began
+
+    def together() -> list[tuple[str, float]]:
+        prompt = prefill(*methods.values())
+        list(decode(prompt))
+        prompt.free()
+        return []
+
+    def apart() -> list[tuple[str, float]]:
+        for method in methods.values():
+            prompt = prefill(method)
+            engine.decode(prompt, method, new_tokens)
+            prompt.free()
+        return []
+
+    def parts() -> list[tuple[str, float]]:
+        prompt = prefill(*methods.values())
+        found = [("prefill", prompt.seconds), *decode(prompt)]
+        prompt.free()
+        return found
+
+    prompt = prefill(*methods.values())
+    say(f"first prefill {prompt.seconds:.2f} s")
+    for name, seconds in decode(prompt, 2):
+        say(f"{name}: ready after {seconds:.1f} s")
+    prompt.free()
+    ways, rows = {"together": together, "apart": apart, "parts": parts}, []
+    for repeat in range(repeats):
+        for way in list(ways)[:: 1 if repeat % 2 else -1]:
+            began = perf_counter()
+            found = ways[way]()
+            whole = sum(seconds for _, seconds in found) if found else perf_counter() - began
+            rows += [{"way": way, "part": part, "repeat": repeat, "seconds": seconds} for part, seconds in [("", whole), *found]]
+            say(f"repeat {repeat}, {way}: {whole:.2f} s")
+    return rows
+
+
+def main(arguments: list[str]) -> None:
     from macbench_kernels import kernels
 
+    from macbench.attention.__main__ import facts
     from macbench.attention.methods import METHODS
+    from macbench.attention.table import write
     from macbench.cli import load_option
     from macbench.engine import Engine
     from macbench.latency.prompts import essays
     from macbench.models.weights import load, load_chat
 
-    config = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
+    given = OmegaConf.from_dotlist(arguments)
+    for key in given:
+        choose(key, key, list(DEFAULTS))
+    config = OmegaConf.merge(DEFAULTS, given)
+    known = [name for name in METHODS if name != "full"]
+    methods = {name: METHODS[choose("methods", name, known)]() for name in config.methods or known}
+    for key in ("repeats", "new_tokens"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ConfigError(key, config[key], "must be an integer of at least 1")
     spec = load_option("model", config.model)
     spec.gguf = config.gguf
     if config.adapter:
         spec.adapter = config.adapter
     chat = load_chat(spec)
-    network = load(spec, config.device, chat).network
-    engine = Engine(network, kernels(config.backend, config.device), config.ctx)
+    engine = Engine(load(spec, config.device, chat).network, kernels(config.backend, config.device), config.ctx)
     (ids,) = essays(chat, config.data_path)(1, config.ctx - config.new_tokens)
-    methods = {name: make() for name, make in METHODS.items() if name != "full"}
-
-    def prefill(*wanted):
-        return engine.prefill(ids, max(m.prompt_queries for m in wanted), column_sums=any(m.prompt_column_sums for m in wanted))
-
-    def together() -> float:
-        began = perf_counter()
-        prompt = prefill(*methods.values())
-        for method in methods.values():
-            engine.decode(prompt, method, config.new_tokens)
-        prompt.free()
-        return perf_counter() - began
-
-    def apart() -> float:
-        began = perf_counter()
-        for method in methods.values():
-            prompt = prefill(method)
-            engine.decode(prompt, method, config.new_tokens)
-            prompt.free()
-        return perf_counter() - began
-
-    def parts() -> float:
-        """Each part timed by itself and added up."""
-        prompt = prefill(*methods.values())
-        seconds = prompt.seconds
-        for method in methods.values():
-            began = perf_counter()
-            engine.decode(prompt, method, config.new_tokens)
-            seconds += perf_counter() - began
-        prompt.free()
-        return seconds
-
-    ways = {"together": together, "apart": apart, "parts": parts}
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    together()  # compiles, captures
-    for repeat in range(config.repeats):
-        for name in list(ways)[:: 1 if repeat % 2 else -1]:
-            found[name].append(ways[name]())
-    whole, separate, sums = (median(found[name]) for name in ways)
+    rows = measure(engine, ids, methods, config.new_tokens, config.repeats, lambda line: print(line, flush=True))
+    whole, separate, sums = (median(r["seconds"] for r in rows if r["way"] == way and not r["part"]) for way in ("together", "apart", "parts"))
     print(f"{len(methods)} methods, {len(ids)} prompt tokens, {config.new_tokens} new ones, {config.device}: {', '.join(methods)}")
     print(f"on one prefill {whole:.2f} s; one prefill and the decodes alone {sums:.2f} s ({whole / sums:.3f}); runs of their own {separate:.2f} s")
     print(f"ratio to runs of their own: {whole / separate:.3f}")
+    if config.out:
+        what = {"model": config.model, "prompt_tokens": len(ids), "new_tokens": config.new_tokens, "methods": list(methods)}
+        write(rows, Path(config.out), facts(config.device, "macbench.bench.one_prefill") | what, SCHEMA)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -13,17 +13,16 @@ from macbench.counting import READ_CATEGORIES
 from macbench.engine import Engine
 from macbench.errors import one_line
 from macbench.latency import peer
-from macbench.latency.breakdown import breakdown
+from macbench.latency.breakdown import USED, breakdown
 from macbench.latency.synthetic import SyntheticMAC
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
 
-# Steps before the clock starts, and those that show where the time goes.
-_WARM, _PROFILED = 4, 8
+_WARM = 4  # steps before the clock starts
 COLUMNS = (
     "model", "random_weights", "synthetic", "method", "backend", "forward", "mode", "ctx", "batch", "window", "band", "tau",
     "hit_rate", "misses", "hit_rate_measured", "steps", "prefill_s", "first_token_s", "tpot_ms", "tpot_p50_ms", "tpot_p95_ms", "tokens_per_s",
-    "attention_ms", "products_ms", "rest_ms", "weight_bytes", "read_bytes", "floor_ms", "over_floor", "over_full", "over_flashinfer",
+    "attention_ms", "products_ms", "rest_ms", "device_ms", "weight_bytes", "read_bytes", "floor_ms", "over_floor", "over_full", "over_flashinfer",
     "peak_bytes", "kv_bytes", "state_bytes", "over_memory_floor", "copy_bandwidth", "error",
 )  # fmt: skip
 
@@ -89,7 +88,7 @@ def weight_bytes(network: torch.nn.Module) -> int:
 
 def _cell(network, ctx, size, hit_rates, misses, backends, modes, steps, prefill, generate, mac, max_gap, prompts, backend, seed) -> Iterator[dict]:
     device = network.device
-    total = ctx + steps + _WARM + _PROFILED + 1
+    total = ctx + steps + _WARM + USED + 1
     if generate:
         row = {"method": "full", "backend": "generate", "forward": "transformers", "mode": "compiled", "steps": steps, "synthetic": False}
         yield row | _guard(lambda: _generate(network, ctx, size, steps, seed))
@@ -171,8 +170,11 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
             decoder.start_at(ctx, total - ctx - 1)
             if load is not None:
                 method.load(ctx, total - ctx, *load, seed)
-        seconds = _clocked(decoder, _WARM + steps)[_WARM:]
-        made |= breakdown(engine, decoder) if mode == "graph" else {}
+        feed = method.feed if load is not None else lambda: None
+        made |= spread(_clocked(decoder, _WARM + steps, feed)[_WARM:], size)
+        if cuda:
+            made["peak_bytes"] = torch.cuda.max_memory_allocated()
+        made |= breakdown(engine, decoder, made["tpot_p50_ms"], feed) if mode == "graph" else {}
         counts = decoder.ledger.counts()
         decoder.stop()
     timed = {key: values[_WARM : _WARM + steps] for key, values in counts.items()}
@@ -181,16 +183,11 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
     pool, s = engine.pool, engine.shape
     kv = size * -(-total // pool.page_size) * pool.page_size * s.layers * s.kv_heads * s.head_dim * 2 * network.dtype.itemsize
     state = sum(buffer.nbytes for buffer in method._buffers.values())
-    spread = quantiles(seconds, n=20, method="inclusive")
     made |= {
-        "steps": steps, "tpot_ms": 1e3 * sum(seconds) / steps, "tpot_p50_ms": 1e3 * spread[9], "tpot_p95_ms": 1e3 * spread[18],
-        "tokens_per_s": size * steps / sum(seconds), "read_bytes": int(read), "kv_bytes": kv, "state_bytes": state,
-        "hit_rate_measured": int(timed["hits"].sum()) / matched if matched else None,
+        "read_bytes": int(read), "kv_bytes": kv, "state_bytes": state, "hit_rate_measured": int(timed["hits"].sum()) / matched if matched else None,
     }  # fmt: skip
-    if made.get("prefill_s"):
-        made["first_token_s"] = made["prefill_s"] + seconds[0]
+    made["first_token_s"] = made.get("prefill_s")  # a prompt's logits are the first token's
     if cuda:
-        made["peak_bytes"] = torch.cuda.max_memory_allocated()
         everything = sum(p.nbytes for p in {p.data_ptr(): p for p in network.parameters()}.values())
         stream = getattr(method, "stream", None)  # the benchmark's own queries are no part of the method
         extra = state + (stream.untyped_storage().nbytes() if stream is not None else 0)
@@ -198,10 +195,20 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
     return made
 
 
-def _clocked(decoder, count: int) -> list[float]:
-    """Seconds of steps, each from the host's preparations until its tokens are on the host."""
+def spread(seconds: list[float], batch: int) -> dict:
+    """Mean, median and 95th percentile of steps in which ``batch`` requests get a token each, and tokens per second."""
+    cuts = quantiles(seconds, n=20, method="inclusive")
+    mean = sum(seconds) / len(seconds)
+    return {
+        "steps": len(seconds), "tpot_ms": 1e3 * mean, "tpot_p50_ms": 1e3 * cuts[9], "tpot_p95_ms": 1e3 * cuts[18], "tokens_per_s": batch / mean,
+    }  # fmt: skip
+
+
+def _clocked(decoder, count: int, feed: Callable[[], None]) -> list[float]:
+    """Seconds of steps, each from the host's preparations until its tokens are on the host; ``feed`` is called before each."""
     seconds = []
     for _ in range(count):
+        feed()
         began = perf_counter()
         decoder.before()
         decoder.step()
@@ -218,12 +225,7 @@ def _generate(network, ctx: int, size: int, steps: int, seed: int) -> dict:
     torch.cuda.reset_peak_memory_stats()
     skip = 8
     found = peer.generate(network, ids, steps + skip + 1, skip)
-    spread = quantiles(found["seconds"], n=20, method="inclusive")
-    mean = sum(found["seconds"]) / len(found["seconds"])
-    return {
-        "steps": len(found["seconds"]), "tpot_ms": 1e3 * mean, "tpot_p50_ms": 1e3 * spread[9], "tpot_p95_ms": 1e3 * spread[18],
-        "tokens_per_s": size / mean, "first_token_s": found["first"], "peak_bytes": torch.cuda.max_memory_allocated(),
-    }  # fmt: skip
+    return spread(found["seconds"], size) | {"first_token_s": found["first"], "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
 def _derive(row: dict, group: list[dict]) -> None:

@@ -9,7 +9,7 @@ from macbench.methods.mac import MAC
 
 
 class SyntheticMAC(MAC):
-    """MAC on made-up queries. ``load`` fills rings and stream once the decoder has begun; ``between_steps`` puts the next step's in place."""
+    """MAC on made-up queries. ``load`` fills rings and stream once the decoder has begun; ``feed`` puts the next step's in place."""
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
@@ -30,10 +30,10 @@ class SyntheticMAC(MAC):
         problem = SimpleNamespace(cell=cell, steps=steps, rings=s.layers, generator=generator, device=s.device, normal=normal)
         self.stream = Stream(problem, hit_rate, misses, self.rings).queries
 
-    def between_steps(self, cache):
-        if self.stream is not None:
-            self.inputs.copy_(self.stream[self.step])
-            self.step += 1
+    def feed(self) -> None:
+        """Queries come from the model for nothing: call it outside of the clock."""
+        self.inputs.copy_(self.stream[self.step])
+        self.step += 1
 
     def attend(self, layer, q_pre, q, cache):
         return super().attend(layer, self.inputs[layer], q, cache)

@@ -1,6 +1,7 @@
 """What a method is: three calls, and a report of every byte it reads. A method knows the kernel layer and nothing above it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,9 @@ from macbench_kernels import Kernels, PagedKVCache, visible_span
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
+
+# Elements of keys that ``Method.slices`` lets be copied at once.
+_MOST_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,18 @@ class PromptQueries:
         skip = max(0, self.q.shape[2] - n)
         return PromptQueries(self.q_pre[:, :, skip:], self.q[:, :, skip:], self.first + skip, self.column_sums)
 
+    def to(self, device: str | torch.device) -> "PromptQueries":
+        """The same on a device (these, if they are there)."""
+        parts = [x if x is None else x.to(device, non_blocking=True) for x in (self.q_pre, self.q, self.column_sums)]
+        return PromptQueries(*parts[:2], self.first, parts[2])
+
 
 @dataclass
 class Method:
     """Base of all methods: a dataclass of hyper-parameters.
 
-    A batch of generations is ``begin``, then ``after_prefill`` for every request and layer, then, for every decode step, ``between_steps``
-    and ``attend`` for every layer. Requests have their own lengths.
+    A batch of generations is ``begin``, then ``after_prompt`` for every request (by default ``after_prefill`` for each of its layers), then, for
+    every decode step, ``between_steps`` and ``attend`` for every layer. Requests have their own lengths.
 
     ``attend`` may be captured in a CUDA graph that is replayed for other steps and other prompts. So it does not synchronise with the host, its
     shapes and branches follow from hyper-parameters and ``self.shape`` alone (never from ``cache.host_lengths``), and its state lives in
@@ -106,8 +115,22 @@ class Method:
         for name, copy in saved["buffers"].items():
             self._buffers[name].copy_(copy)
 
+    def after_prompt(self, request: int, queries: list[PromptQueries], cache: PagedKVCache) -> None:
+        """The prompt's K and V of ``request`` are in the cache: build what decoding needs in all layers, whose queries are listed.
+
+        Layers have the same sizes, and what is launched for all of them at once costs the host little: see ``slices``.
+        """
+        for layer, own in enumerate(queries):
+            self.after_prefill(layer, request, own, cache)
+
+    def slices(self, tokens: int, layers: int | None = None) -> Iterator[slice]:
+        """Layers to handle together, so that copies of ``tokens`` keys of each do not fill the memory."""
+        layers = self.shape.layers if layers is None else layers
+        each = max(1, _MOST_ELEMENTS // max(1, self.shape.kv_heads * tokens * self.shape.head_dim))
+        return (slice(first, min(first + each, layers)) for first in range(0, layers, each))
+
     def after_prefill(self, layer: int, request: int, queries: PromptQueries, cache: PagedKVCache) -> None:
-        """The prompt's K and V of ``request`` are in the cache: build what decoding needs. ``queries`` are of that request (batch 1)."""
+        """The share of one layer in ``after_prompt``. ``queries`` are of that request (batch 1)."""
 
     def between_steps(self, cache: PagedKVCache) -> None:
         """Called on the host before each decode step, while ``cache.host_lengths`` do not count the new token yet; may synchronise."""

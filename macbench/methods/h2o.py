@@ -60,15 +60,16 @@ class H2O(Method):
         self.received = self.buffer("received", shape.layers, shape.batch, shape.kv_heads, room, dtype=precise)  # a, at the places of the lists
         self._scores = self.buffer("scores", shape.batch, shape.q_heads, room, dtype=precise)
 
-    def after_prefill(self, layer, request, queries, cache):
-        prompt, sums = cache.host_lengths[request], queries.column_sums
-        left = torch.arange(prompt, device=sums.device).expand(len(sums), -1)
+    def after_prompt(self, request, queries, cache):
+        prompt, sums = cache.host_lengths[request], torch.stack([own.column_sums for own in queries])
+        left = torch.arange(prompt, device=sums.device).expand(*sums.shape[:-1], -1)
         if prompt > self.heavy + self.recent:
             left = kept(self.kernels, sums, self.heavy + self.recent, self.recent)
         # Sums over the prompt's attention take another pass over its keys; what is left keeps a float32 score.
-        self.ledger.prepare(request, self.shape.kv_heads * (prompt * self.shape.key_bytes + left.shape[1] * 4))
-        self.survivors.keep(layer, request, left, prompt)
-        self.received[layer, request, :, : left.shape[1]] = sums.gather(1, left)
+        heads = self.shape.layers * self.shape.kv_heads
+        self.ledger.prepare(request, heads * (prompt * self.shape.key_bytes + left.shape[-1] * 4))
+        self.survivors.keep(slice(None), request, left, prompt)
+        self.received[:, request, :, : left.shape[-1]] = sums.gather(-1, left)
 
     def attend(self, layer, q_pre, q, cache):
         left = self.survivors

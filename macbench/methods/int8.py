@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from macbench_kernels import Codes, Scheme
+from macbench_kernels import Scheme
 
 from macbench.methods.base import Method, fixed
+from macbench.methods.stored import Stored
 
 
 @dataclass
@@ -32,15 +33,16 @@ class INT8(Method):
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
         scheme = Scheme(8, 1, shape.head_dim, symmetric=True)
-        sizes = (shape.batch, shape.kv_heads, shape.max_tokens, shape.head_dim)
-        self.codes = [tuple(Codes.create(scheme, *sizes, self.buffer, f"{side}{i}") for side in "kv") for i in range(shape.layers)]
+        self._stored = [Stored(self, scheme, name, side) for side, name in enumerate("kv")]
+        self.codes = list(zip(*(stored.layers for stored in self._stored), strict=True))
         self._row = shape.kv_heads * int(2 * scheme.row_bytes(shape.head_dim))
 
-    def after_prefill(self, layer, request, queries, cache):
-        for side, codes in enumerate(self.codes[layer]):
-            codes.copy(cache, layer, side, request, 0, cache.host_lengths[request])
+    def after_prompt(self, request, queries, cache):
+        prompt, shape = cache.host_lengths[request], self.shape
+        for stored in self._stored:
+            stored.copy(cache, request, 0, prompt)
         # Read as it is, written as codes.
-        self.ledger.prepare(request, cache.host_lengths[request] * (self.shape.kv_heads * self.shape.kv_row_bytes + self._row))
+        self.ledger.prepare(request, shape.layers * prompt * (shape.kv_heads * shape.kv_row_bytes + self._row))
 
     def attend(self, layer, q_pre, q, cache):
         lengths, (k, v), shape = cache.lengths, self.codes[layer], self.shape

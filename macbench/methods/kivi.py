@@ -6,10 +6,11 @@ Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu. arXiv:2402.02750, ICML 2024. Pub
 from dataclasses import dataclass, replace
 
 import torch
-from macbench_kernels import Codes, Scheme
+from macbench_kernels import Scheme
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.methods.base import Method, fixed, require
+from macbench.methods.stored import Stored
 
 GROUPS = (16, 32, 64, 128)
 
@@ -67,20 +68,21 @@ class KIVI(Method):
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
         self.check(shape)
-        sizes = (shape.batch, shape.kv_heads, shape.max_tokens, shape.head_dim)
-        schemes = {"k": Scheme(self.bits, self.group, 1), "v": Scheme(self.bits, 1, self.group)}
-        self.codes = [tuple(Codes.create(scheme, *sizes, self.buffer, f"{side}{i}") for side, scheme in schemes.items()) for i in range(shape.layers)]
+        self._keys, self._values = (
+            Stored(self, Scheme(self.bits, self.group, 1), "k", 0), Stored(self, Scheme(self.bits, 1, self.group), "v", 1),
+        )  # fmt: skip
+        self.codes = list(zip(self._keys.layers, self._values.layers, strict=True))
         self._quantised = [0] * shape.batch  # keys per request, on the host
         self._blocks = self.buffer("blocks", shape.batch, dtype=torch.int32)
 
-    def after_prefill(self, layer, request, queries, cache):
+    def after_prompt(self, request, queries, cache):
         length = cache.host_lengths[request]
-        k, v = self.codes[layer]
-        self._quantised[request] = length // self.residual * self.residual
-        k.copy(cache, layer, 0, request, 0, self._quantised[request])
-        v.copy(cache, layer, 1, request, 0, max(0, length - self.residual))
-        coded = self._quantised[request] + max(0, length - self.residual)  # rows of K or V, read and written as codes
-        self.ledger.prepare(request, self.shape.kv_heads * coded * (self.shape.key_bytes + self._row_bytes(self.shape.head_dim)))
+        keys, values = length // self.residual * self.residual, max(0, length - self.residual)
+        self._keys.copy(cache, request, 0, keys)
+        self._values.copy(cache, request, 0, values)
+        self._quantised[request] = keys
+        row = self.shape.key_bytes + self._row_bytes(self.shape.head_dim)  # read as it is, written as codes
+        self.ledger.prepare(request, self.shape.layers * self.shape.kv_heads * (keys + values) * row)
 
     def between_steps(self, cache):
         blocks = []
@@ -88,8 +90,7 @@ class KIVI(Method):
             done, whole = self._quantised[request], length // self.residual * self.residual
             blocks.append(max(0, whole - done) // self.residual)
             if blocks[-1]:
-                for layer, (k, _) in enumerate(self.codes):
-                    k.copy(cache, layer, 0, request, done, whole)
+                self._keys.copy(cache, request, done, whole)
                 self._quantised[request] = whole
         self._blocks.copy_(torch.tensor(blocks, dtype=torch.int32))
 

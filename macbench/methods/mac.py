@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from macbench_kernels import MacParams, Ring, scanned_rows
+from macbench_kernels import MacParams, Ring
 
 from macbench.counting import ELEMENT_BYTES
 from macbench.methods.base import Method, is_int, require
@@ -90,8 +90,6 @@ class MAC(Method):
         self.rings[layer].fill(request, queries.q_pre, state, queries.first)
 
     def attend(self, layer, q_pre, q, cache):
-        if layer == 0:  # the same for all layers
-            self._scanned = scanned_rows(cache.lengths - 1, self.window, self.min_context)
         step = self.kernels.mac_step(q_pre, q, cache, layer, self.rings[layer], self.params, self.shape.scale)
         self._report(layer, step)
         return step.out
@@ -102,6 +100,6 @@ class MAC(Method):
         record = dim * 4 + _RECORD_EXTRA_BYTES
         self.ledger.read(layer, step.spans)
         self.ledger.matched(layer, step.hit, step.chain)
-        self.ledger.add(layer, "state", heads * row, self._scanned)
+        self.ledger.add(layer, "state", heads * row, step.scanned)
         self.ledger.add(layer, "state", record, step.looked_up)
         self.ledger.add(layer, "write", heads * (dim * ELEMENT_BYTES + record))

@@ -5,6 +5,7 @@ code was used. One level of clusters.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from macbench_kernels import State, kmeans, merge, present, rounded
@@ -36,6 +37,13 @@ def windows(clustered: int) -> list[int]:
         sizes.append(WINDOW)
         clustered -= WINDOW
     return [*sizes, clustered] if clustered else sizes
+
+
+@lru_cache(16)  # prompts of a task are of a few lengths, and drawing takes the host a while
+def _draws(seed: int, sets: int, n: int, k: int, clusters: int, iterations: int, among: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [sets, k] and [iterations - 1, sets, clusters]."""
+    generator = torch.Generator().manual_seed(seed)
+    return kmeans.draw(sets, n, k, generator), torch.randint(among, (iterations - 1, sets, clusters), generator=generator)
 
 
 @dataclass
@@ -93,15 +101,14 @@ class Multipole(Method):
         super().begin(shape, kernels, ledger)
         if shape.rotate is None:
             raise ConfigError("method", "multipole", "needs a model whose rotary embedding is known")
-        heads, d = (shape.batch, shape.kv_heads), shape.head_dim
+        heads, d = (shape.layers, shape.batch, shape.kv_heads), shape.head_dim
         most = rounded(shape.max_tokens // PER_CLUSTER)
-        layers = range(shape.layers)
-        self.centroids = [self.buffer(f"centroids{i}", *heads, d, most) for i in layers]
-        self.values = [self.buffer(f"values{i}", *heads, most, d) for i in layers]
-        self.counts = [self.buffer(f"counts{i}", *heads, most, dtype=torch.int32) for i in layers]
+        self.centroids = self.buffer("centroids", *heads, d, most)
+        self.values = self.buffer("values", *heads, most, d)
+        self.counts = self.buffer("counts", *heads, most, dtype=torch.int32)
         # The tokens of cluster i: members[starts[i]], and N_i - 1 more behind it.
-        self.starts = [self.buffer(f"starts{i}", *heads, most, dtype=torch.int32) for i in layers]
-        self.members = [self.buffer(f"members{i}", *heads, max(1, shape.max_tokens), dtype=torch.int32) for i in layers]
+        self.starts = self.buffer("starts", *heads, most, dtype=torch.int32)
+        self.members = self.buffer("members", *heads, max(1, shape.max_tokens), dtype=torch.int32)
         self.clustered = self.buffer("clustered", shape.batch, dtype=torch.int32)
         self.clusters = self.buffer("clusters", shape.batch, dtype=torch.int32)
         self.maint = self.buffer("maint", shape.batch, dtype=torch.int64)
@@ -109,88 +116,93 @@ class Multipole(Method):
         self._clustered = [0] * shape.batch  # the same as on the device
         self._frozen = [0] * shape.batch  # tokens in windows that are closed
 
-    def after_prefill(self, layer, request, queries, cache):
+    def after_prompt(self, request, queries, cache):
         clustered, _ = layout(cache.host_lengths[request])
         # Keys and values read once, however many iterations; two centroids and a count per cluster and a list of the tokens written.
-        clusters = self.shape.kv_row_bytes + 4
-        self.ledger.prepare(request, self.shape.kv_heads * (clustered * (self.shape.kv_row_bytes + 4) + clustered // PER_CLUSTER * clusters))
-        generator = self._generator(layer, 0)
-        at = self._frozen[request] = 0
-        for size in windows(clustered):
-            points = self._points(layer, request, cache, at, at + size)
-            seeds = kmeans.take(points, kmeans.draw(points, size // PER_CLUSTER, generator))
-            centroids = kmeans.lloyd(points, seeds, FIRST_ITERATIONS, generator)
-            self._store(layer, request, cache, at, centroids, kmeans.nearest(points, centroids))
-            self._frozen[request], at = at, at + size
+        cluster, sets = self.shape.kv_row_bytes + 4, self.shape.layers * self.shape.kv_heads
+        self.ledger.prepare(request, sets * (clustered * (self.shape.kv_row_bytes + 4) + clustered // PER_CLUSTER * cluster))
+        for layers in self.slices(clustered):
+            at, sets = 0, self._sets(layers)
+            for size in windows(clustered):
+                points, k = self._points(layers, request, cache, at, at + size), size // PER_CLUSTER
+                seeds, anew = self._draws(at, size, k, k, FIRST_ITERATIONS)
+                centroids = kmeans.lloyd(points, kmeans.take(points, seeds[sets].to(points.device)), anew[:, sets])
+                self._store(layers, request, cache, at, centroids, kmeans.nearest(points, centroids))
+                at += size
+        self._frozen[request] = clustered - (windows(clustered) or [0])[-1]
         self._set(request, clustered)
 
     def between_steps(self, cache):
         self.maint.zero_()
         for request, (length, grows) in enumerate(zip(cache.host_lengths, cache.active, strict=True)):
             if length + grows - SINKS - self._clustered[request] >= 2 * BLOCK:
-                for layer in range(self.shape.layers):
-                    work = self._absorb(layer, request, cache)
+                work = self._absorb(request, cache)
                 frozen, clustered = self._frozen[request], self._clustered[request] + BLOCK
                 self._frozen[request] = clustered - windows(clustered - frozen)[-1]
                 self._set(request, clustered)
                 self.maint[request] = work
 
-    def _absorb(self, layer, request, cache) -> int:
+    def _absorb(self, request, cache) -> int:
         """Cluster the next BLOCK tokens; returns the bytes of one layer's maintenance."""
         start, end = self._frozen[request], self._clustered[request]
-        generator = self._generator(layer, end)
-        points = self._points(layer, request, cache, start, end + BLOCK)
-        new, per_block = points[:, end - start :], BLOCK // PER_CLUSTER
-        order = kmeans.draw(new, BLOCK, generator)
+        stop, per_block = end + BLOCK, BLOCK // PER_CLUSTER
+        *closed, live = windows(stop - start)
+        order, anew = self._draws(end, BLOCK, BLOCK, live // PER_CLUSTER, ITERATIONS, live)
         known = slice(start // PER_CLUSTER, end // PER_CLUSTER)
-        old = self.centroids[layer][request, :, :, known].mT.to(points.dtype)
-        centroids = torch.cat([old, kmeans.take(new, order[:, :per_block])], 1)
-        sizes = torch.cat([self.counts[layer][request, :, known].long(), torch.ones_like(order[:, :per_block])], 1)[..., None]
-        others = kmeans.take(new, order[:, per_block:])
-        average, joined = kmeans.means(others, kmeans.nearest(others, centroids), centroids.shape[1])
-        joined = joined[..., None]
-        centroids = (centroids * sizes + average * joined) / (sizes + joined).clamp(min=1)
-        at, rows = start, 0
-        *closed, live = windows(end + BLOCK - start)
-        for size in closed:  # tokens of a window that closes may belong to clusters of the one that stays open: they move
-            own, points, centroids, rest = (
-                points[:, :size],
-                points[:, size:],
-                centroids[:, : size // PER_CLUSTER],
-                centroids[:, size // PER_CLUSTER :],
-            )
-            self._store(layer, request, cache, at, centroids, kmeans.nearest(own, centroids))
-            centroids, at, rows = rest, at + size, rows + 2 * size
-        centroids = kmeans.lloyd(points, centroids, ITERATIONS, generator)
-        self._store(layer, request, cache, at, centroids, kmeans.nearest(points, centroids))
-        rows += (ITERATIONS + 2) * live + 2 * ((end + BLOCK - start) // PER_CLUSTER)
+        for layers in self.slices(stop - start):
+            sets = self._sets(layers)
+            points = self._points(layers, request, cache, start, stop)
+            new, chosen = points[:, end - start :], order[sets].to(points.device)
+            old = self.centroids[layers, request, :, :, known].mT.flatten(0, 1).to(points.dtype)
+            centroids = torch.cat([old, kmeans.take(new, chosen[:, :per_block])], 1)
+            held = self.counts[layers, request, :, known].flatten(0, 1).long()
+            held = torch.cat([held, torch.ones_like(chosen[:, :per_block])], 1)[..., None]
+            others = kmeans.take(new, chosen[:, per_block:])
+            average, joined = kmeans.means(others, kmeans.nearest(others, centroids), centroids.shape[1])
+            joined = joined[..., None]
+            centroids, at = (centroids * held + average * joined) / (held + joined).clamp(min=1), start
+            for size in closed:  # tokens of a window that closes may belong to clusters of the one that stays open: they move
+                own, points = points[:, :size], points[:, size:]
+                shut, centroids = centroids[:, : size // PER_CLUSTER], centroids[:, size // PER_CLUSTER :]
+                self._store(layers, request, cache, at, shut, kmeans.nearest(own, shut))
+                at += size
+            centroids = kmeans.lloyd(points, centroids, anew[:, sets])
+            self._store(layers, request, cache, at, centroids, kmeans.nearest(points, centroids))
+        rows = 2 * sum(closed) + (ITERATIONS + 2) * live + 2 * ((stop - start) // PER_CLUSTER)
         return self.shape.kv_heads * rows * self.shape.head_dim * ELEMENT_BYTES
 
-    def _points(self, layer, request, cache, start, stop):
-        """Keys of clustered tokens [start, stop), without their rotation: [Hkv, n, d]."""
-        keys = torch.cat([k for k, _ in cache.slice(layer, request, SINKS + start, SINKS + stop)], 1)
+    def _sets(self, layers):
+        """KV heads of these layers among those of all layers."""
+        return slice(layers.start * self.shape.kv_heads, layers.stop * self.shape.kv_heads)
+
+    def _points(self, layers, request, cache, start, stop):
+        """Keys of clustered tokens [start, stop), without their rotation: [layers * Hkv, n, d]."""
+        keys = cache.stacked(layers, request, SINKS + start, SINKS + stop, 0).flatten(0, 1)
         plain = self.shape.rotate(keys, -torch.arange(SINKS + start, SINKS + stop, device=keys.device))
         return plain.to(torch.promote_types(keys.dtype, torch.float32))
 
-    def _store(self, layer, request, cache, start, centroids, labels):
-        """Clusters of the clustered tokens from ``start`` on: centroids [Hkv, k, d], labels [Hkv, n]."""
-        n, k = labels.shape[1], centroids.shape[1]
+    def _store(self, layers, request, cache, start, centroids, labels):
+        """Clusters of the clustered tokens from ``start`` on: centroids [layers * Hkv, k, d], labels [layers * Hkv, n]."""
+        heads, n, k = self.shape.kv_heads, labels.shape[1], centroids.shape[1]
         here = slice(start // PER_CLUSTER, start // PER_CLUSTER + k)
-        values = torch.cat([v for _, v in cache.slice(layer, request, SINKS + start, SINKS + start + n)], 1)
+        values = cache.stacked(layers, request, SINKS + start, SINKS + start + n, 1).flatten(0, 1)
         average, count = kmeans.means(values.to(centroids.dtype), labels, k)
-        self.centroids[layer][request, :, :, here] = centroids.mT.to(self.shape.dtype)
-        self.values[layer][request, :, here] = average.to(self.shape.dtype)
-        self.counts[layer][request, :, here] = count.int()
-        self.starts[layer][request, :, here] = (start + count.cumsum(-1) - count).int()
-        self.members[layer][request, :, start : start + n] = (SINKS + start + torch.sort(labels, dim=-1, stable=True).indices).int()
+        members = torch.sort(labels, dim=-1, stable=True).indices
+        self.centroids[layers, request, :, :, here] = centroids.mT.unflatten(0, (-1, heads)).to(self.shape.dtype)
+        self.values[layers, request, :, here] = average.unflatten(0, (-1, heads)).to(self.shape.dtype)
+        self.counts[layers, request, :, here] = count.unflatten(0, (-1, heads)).int()
+        self.starts[layers, request, :, here] = (start + count.cumsum(-1) - count).unflatten(0, (-1, heads)).int()
+        self.members[layers, request, :, start : start + n] = (SINKS + start + members).unflatten(0, (-1, heads)).int()
 
     def _set(self, request, clustered):
         self._clustered[request] = clustered
         self.clustered[request] = clustered
         self.clusters[request] = clustered // PER_CLUSTER
 
-    def _generator(self, layer, turn):
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + layer) * 1_000_003 + turn)
+    def _draws(self, turn, n, k, clusters, iterations, among=None):
+        """Random tokens of all layers, the same for every request: k of n to begin with, and per iteration but the last one of ``among`` (n) for
+        each of ``clusters``, should it be empty."""
+        return _draws(self.seed * 1_000_003 + turn, self.shape.layers * self.shape.kv_heads, n, k, clusters, iterations, among or n)
 
     # -- attention -----------------------------------------------------------------------------------------------------
 

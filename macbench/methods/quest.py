@@ -67,15 +67,16 @@ class Quest(Method):
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
         size = (shape.batch, shape.kv_heads, 2 * shape.head_dim, rounded(-(-shape.max_tokens // self.page)))
-        self.bounds = {i: self.buffer(f"bounds{i}", *size) for i in range(shape.layers) if i not in self.dense_layers}
+        self._bounds = self.buffer("bounds", shape.layers, *size)
+        self.bounds = {i: self._bounds[i] for i in range(shape.layers) if i not in self.dense_layers}
 
-    def after_prefill(self, layer, request, queries, cache):
-        if layer in self.bounds:
-            n = cache.host_lengths[request]
-            pieces = cache.slice(layer, request, 0, n)
-            # All keys read, a row of bounds written for every page.
-            self.ledger.prepare(request, self.shape.kv_heads * (n * self.shape.key_bytes + -(-n // self.page) * self.shape.kv_row_bytes))
-            build_bounds(self.bounds[layer], request, torch.cat([k for k, _ in pieces], 1), self.page)
+    def after_prompt(self, request, queries, cache):
+        n, shape = cache.host_lengths[request], self.shape
+        for layers in self.slices(n):  # also of dense layers, which costs less than to launch the others one by one
+            build_bounds(self._bounds[layers, request], cache.stacked(layers, request, 0, n, 0), self.page)
+        # All keys read, a row of bounds written for every page.
+        heads = len(self.bounds) * shape.kv_heads
+        self.ledger.prepare(request, heads * (n * shape.key_bytes + -(-n // self.page) * shape.kv_row_bytes))
 
     def attend(self, layer, q_pre, q, cache):
         if layer not in self.bounds:

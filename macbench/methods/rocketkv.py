@@ -14,7 +14,9 @@ from macbench_kernels import build_bounds, rounded
 from macbench.counting import ELEMENT_BYTES
 from macbench.errors import ConfigError
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
+from macbench.methods.snapkv import pooled
 from macbench.methods.survivors import best
+from macbench.methods.votes import window_votes
 
 # Constants of the published settings: pooling of votes (tokens), share of the log-compression that stage 1 takes, smallest budget.
 KERNEL = 63
@@ -116,39 +118,29 @@ class RocketKV(Method):
         heads = (shape.batch, shape.kv_heads)
         sides = 1 if size.chunk == 1 else 2  # the bounds of a single key are the key
         chunks = rounded(-(-shape.max_tokens // size.chunk))
-        layers = range(shape.layers)
-        self.bounds = [self.buffer(f"bounds{i}", *heads, sides * shape.head_dim, chunks) for i in layers]
+        self.bounds = self.buffer("bounds", shape.layers, *heads, sides * shape.head_dim, chunks)
         # The i-th token that is left is token kept[i], or i + removed behind those.
-        self.kept = [self.buffer(f"kept{i}", *heads, size.keep, dtype=torch.int32) for i in layers]
+        self.kept = self.buffer("kept", shape.layers, *heads, size.keep, dtype=torch.int32)
         self.removed = self.buffer("removed", shape.batch, dtype=torch.int32)
 
-    def after_prefill(self, layer, request, queries, cache):
-        n = cache.host_lengths[request]
-        keys = torch.cat([k for k, _ in cache.slice(layer, request, 0, n)], 1)
-        keep = self.size.keep
-        kept = self.kept[layer][request]
+    def after_prompt(self, request, queries, cache):
+        shape, n, keep, kept = self.shape, cache.host_lengths[request], self.size.keep, self.kept[:, request]
+        evicts = n > (max(keep, self.budget) if self.mode == "harness" else keep)
+        self.removed[request] = n - keep if evicts else 0
         kept.copy_(torch.arange(keep, device=kept.device).expand_as(kept))
-        self.removed[request] = 0
-        if n > (max(keep, self.budget) if self.mode == "harness" else keep):
-            self.removed[request] = n - keep
-            last = torch.arange(n - self.window, n, dtype=torch.int32, device=kept.device).expand(len(kept), -1)
-            voted = best(self.kernels, self._votes(queries.last(self.window).q[0], keys), keep - self.window)
-            kept.copy_(torch.cat([voted, last], 1))
-            keys = keys.gather(1, kept.long()[..., None].expand(-1, -1, keys.shape[-1]))
-        build_bounds(self.bounds[layer], request, keys, self.size.chunk)
+        if evicts:
+            votes = window_votes([own.last(self.window) for own in queries], cache, request, shape.scale, "sum")[..., : -self.window]
+            kept[..., : keep - self.window] = best(self.kernels, pooled(votes, KERNEL, "max"), keep - self.window)
+            kept[..., keep - self.window :] += n - keep
+        for layers in self.slices(n):
+            keys = cache.stacked(layers, request, 0, n, 0)
+            if evicts:
+                keys = keys.gather(2, kept[layers].long()[..., None].expand(-1, -1, -1, shape.head_dim))
+            build_bounds(self.bounds[layers, request], keys, self.size.chunk)
         # All keys read, bounds of the chunks that are left written.
-        chunks = -(-keys.shape[1] // self.size.chunk)
-        self.ledger.prepare(request, len(keys) * (n * self.shape.key_bytes + chunks * self.bounds[layer].shape[2] * ELEMENT_BYTES))
-
-    def _votes(self, q, keys):
-        """Pooled attention from the window's queries q [Hq, W, d] to every token before them: [Hkv, n - W]."""
-        n, w = keys.shape[1], self.window
-        seen = torch.arange(n, device=q.device) <= torch.arange(n - w, n, device=q.device)[:, None]
-        votes = []
-        for group, k in zip(q.unflatten(0, (len(keys), -1)), keys, strict=True):  # one KV head at a time: [G, W, n] is large
-            scores = (group.float() @ k.float().T * self.shape.scale).masked_fill(~seen, float("-inf"))
-            votes.append(scores.softmax(-1)[..., : n - w].sum((0, 1)))
-        return torch.nn.functional.max_pool1d(torch.stack(votes), KERNEL, 1, KERNEL // 2)
+        chunks = -(-keys.shape[2] // self.size.chunk)
+        bounds = chunks * self.bounds.shape[3] * ELEMENT_BYTES
+        self.ledger.prepare(request, shape.layers * shape.kv_heads * (n * shape.key_bytes + bounds))
 
     def attend(self, layer, q_pre, q, cache):
         shape, size, bounds = self.shape, self.size, self.bounds[layer]

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from macbench.errors import ConfigError
 from macbench.methods.base import Method, fitted, is_int, label, require, require_one_of
 from macbench.methods.survivors import Survivors, best
+from macbench.methods.votes import window_votes
 
 POOLING = {"max": max_pool1d, "avg": avg_pool1d}
 
@@ -85,19 +86,19 @@ class SnapKV(Method):
         super().begin(shape, kernels, ledger)
         self.survivors = Survivors(self, shape.q_heads if self._gqa == "per_q_head" else shape.kv_heads, shape.max_tokens)
 
-    def after_prefill(self, layer, request, queries, cache):
-        prompt, queries = cache.host_lengths[request], queries.last(self.window)
-        keep = self.prefix(layer, prompt)
-        everything = torch.arange(prompt, device=queries.q.device)
-        if keep >= prompt - self.window:
-            self.survivors.keep(layer, request, everything, prompt)
+    def after_prompt(self, request, queries, cache):
+        prompt, window = cache.host_lengths[request], self.window
+        prefixes = [self.prefix(layer, prompt) for layer in range(self.shape.layers)]
+        everything = torch.arange(prompt, device=queries[0].q.device)
+        voting = sum(prefix < prompt - window for prefix in prefixes)
+        if not voting:
+            self.survivors.keep(slice(None), request, everything, prompt)
             return
-        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the votes read all keys
-        lse = self.kernels.causal(queries.q, cache, layer, queries.first, self.shape.scale, request=request).lse
-        votes = self.kernels.column_sums(queries.q, cache, layer, queries.first, lse, self.shape.scale, request=request)
-        votes = pooled(reduced(votes[:, : -self.window], self.shape.kv_heads, self._gqa), self.kernel, self.pooling)
-        recent = everything[-self.window :].expand(len(votes), -1)
-        self.survivors.keep(layer, request, torch.cat([best(self.kernels, votes, keep), recent], 1), prompt)
+        self.ledger.prepare(request, voting * self.shape.kv_heads * prompt * self.shape.key_bytes)  # the votes read all keys
+        votes = window_votes([own.last(window) for own in queries], cache, request, self.shape.scale, self._gqa)[..., :-window]
+        ids = best(self.kernels, pooled(votes, self.kernel, self.pooling), prefixes, prompt)
+        recent = everything[-window:].expand(*ids.shape[:-1], -1)
+        self.survivors.keep(slice(None), request, torch.cat([ids, recent], -1).sort(-1).values, prompt)
 
     def attend(self, layer, q_pre, q, cache):
         left = self.survivors
@@ -108,12 +109,6 @@ class SnapKV(Method):
         return self.kernels.attend_selected(q, cache, layer, ids, counts, self.shape.scale).out.to(q.dtype)
 
 
-def reduced(votes: torch.Tensor, kv_heads: int, gqa: str) -> torch.Tensor:
-    """[Hq, n] -> [Hkv, n], or itself for per_q_head."""
-    groups = votes.unflatten(0, (kv_heads, -1))
-    return {"sum": lambda: groups.sum(1), "max": lambda: groups.amax(1), "per_q_head": lambda: votes}[gqa]()
-
-
 def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
-    """Over ``kernel`` neighbours of [R, n], of which those outside count 0."""
-    return POOLING[pooling](votes[None], kernel, stride=1, padding=kernel // 2)[0]
+    """Over ``kernel`` neighbours of [layers, R, n], of which those outside count 0."""
+    return POOLING[pooling](votes, kernel, stride=1, padding=kernel // 2)

@@ -28,17 +28,23 @@ class Survivors:
         self._rows_offset = method.buffer("rows offset", shape.layers, shape.batch, shape.kv_heads, dtype=torch.int32)
         self._room = room
 
-    def keep(self, layer: int, request: int, kept: torch.Tensor, prompt: int) -> None:
-        """Start a request with the tokens ``kept`` [R, n], or [n] for all sets alike, of its ``prompt`` tokens."""
-        kept = kept.expand(self.ids.shape[2], -1)
-        self.ids[layer, request, :, : kept.shape[1]] = kept
-        self._offset[layer, request] = kept.shape[1] - prompt
+    def keep(self, layer: int | slice, request: int, kept: torch.Tensor, prompt: int) -> None:
+        """Start a request with the tokens ``kept`` int [..., R, n], or [n] for all sets alike, of its ``prompt`` tokens, in one layer or several.
+
+        Sets of a layer are of one size; where layers keep less than n, ids of ``prompt`` and above fill the rest.
+        """
+        held = self.ids[layer, request]
+        kept = kept.expand(*held.shape[:-1], kept.shape[-1])
+        known = kept < prompt
+        held[..., : kept.shape[-1]] = torch.where(known, kept, 0)
+        self._offset[layer, request] = known[..., :1, :].sum(-1).int() - prompt
         heads = self.rows.shape[2]
-        if len(kept) == heads:
-            self._rows_offset[layer, request] = kept.shape[1] - prompt
-        else:
-            union = [len(group.unique()) for group in kept.reshape(heads, -1)]
-            self._rows_offset[layer, request] = torch.tensor(union, device=kept.device) - prompt
+        order = kept.unflatten(-2, (heads, -1)).flatten(-2)  # the sets of a group
+        if held.shape[-2] != heads:
+            order = order.sort(-1).values
+        fresh = (order < prompt).int()
+        fresh[..., 1:] *= order[..., 1:] != order[..., :-1]
+        self._rows_offset[layer, request] = fresh.sum(-1).int() - prompt
 
     def grow(self, lengths: torch.Tensor) -> None:
         """Give the newest token of every request its place, in all layers; lengths int32 [B]. Doing it twice changes nothing."""
@@ -52,7 +58,15 @@ class Survivors:
         self.ids.scatter_(-1, self.slot[..., None], (lengths - 1).expand_as(self.counts)[..., None])
 
 
-def best(kernels: Kernels, scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Positions of the ``keep`` highest scores [..., n], ties to the lowest position, sorted by position: int64 [..., keep]."""
-    ids, _ = kernels.top(scores, keep, torch.ones((), dtype=torch.bool, device=scores.device), ordered=False)
+def best(kernels: Kernels, scores: torch.Tensor, keep: int | list[int], beyond: int = 0) -> torch.Tensor:
+    """Positions of the ``keep`` highest scores [..., n], ties to the lowest position, sorted by position: int64 [..., keep].
+
+    A list of ``keep`` says how many of each scores[i]: rows are then as long as the largest of them, and end with ``beyond``.
+    """
+    each = [keep] if isinstance(keep, int) else keep
+    alike = min(each) == max(each)
+    ids, _ = kernels.top(scores, max(each), torch.ones((), dtype=torch.bool, device=scores.device), ordered=not alike)
+    if not alike:
+        rank = torch.arange(ids.shape[-1], device=ids.device)
+        ids = torch.where(rank < torch.tensor(each, device=ids.device)[:, None, None], ids, beyond)
     return ids.long().sort(-1).values

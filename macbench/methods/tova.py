@@ -10,6 +10,7 @@ from macbench_kernels import Kernels
 
 from macbench.methods.base import Method, fitted, is_int, require, require_one_of
 from macbench.methods.survivors import Survivors, best
+from macbench.methods.votes import window_votes
 
 
 @dataclass
@@ -60,17 +61,16 @@ class TOVA(Method):
         self._scores = self.buffer("scores", shape.batch, shape.q_heads, room, dtype=torch.promote_types(shape.dtype, torch.float32))
         self._shared = self.gqa == "layer_shared" or (self.gqa is None and self.mode == "faithful")
 
-    def after_prefill(self, layer, request, queries, cache):
-        prompt, queries = cache.host_lengths[request], queries.last(1)
+    def after_prompt(self, request, queries, cache):
+        prompt = cache.host_lengths[request]
         if prompt <= self.capacity:
-            self.survivors.keep(layer, request, torch.arange(prompt, device=queries.q.device), prompt)
+            self.survivors.keep(slice(None), request, torch.arange(prompt, device=queries[0].q.device), prompt)
             return
-        self.ledger.prepare(request, self.shape.kv_heads * prompt * self.shape.key_bytes)  # the weights need all keys
-        args = (queries.q, cache, layer, queries.first)
-        lse = self.kernels.causal(*args, self.shape.scale, request=request).lse
-        received = self.kernels.column_sums(*args, lse, self.shape.scale, request=request)
-        weights = received.unflatten(0, (1 if self._shared else self.shape.kv_heads, -1)).mean(1)
-        self.survivors.keep(layer, request, kept(self.kernels, weights, self.capacity, self._protected), prompt)
+        self.ledger.prepare(request, self.shape.layers * self.shape.kv_heads * prompt * self.shape.key_bytes)  # the weights need all keys
+        weights = window_votes([own.last(1) for own in queries], cache, request, self.shape.scale, "mean")
+        if self._shared:  # groups are of one size
+            weights = weights.mean(1, keepdim=True)
+        self.survivors.keep(slice(None), request, kept(self.kernels, weights, self.capacity, self._protected), prompt)
 
     def attend(self, layer, q_pre, q, cache):
         left, scale = self.survivors, self.shape.scale
@@ -84,7 +84,7 @@ class TOVA(Method):
 
 
 def kept(kernels: Kernels, weights: torch.Tensor, capacity: int, newest: int) -> torch.Tensor:
-    """Positions of the ``capacity`` highest weights [R, n], the ``newest`` in any case: [R, capacity]."""
-    n = weights.shape[1]
-    recent = torch.arange(n - newest, n, device=weights.device).expand(len(weights), -1)
-    return torch.cat([best(kernels, weights[:, : n - newest], capacity - newest), recent], 1)
+    """Positions of the ``capacity`` highest weights [..., n], the ``newest`` in any case: [..., capacity]."""
+    n = weights.shape[-1]
+    recent = torch.arange(n - newest, n, device=weights.device).expand(*weights.shape[:-1], -1)
+    return torch.cat([best(kernels, weights[..., : n - newest], capacity - newest), recent], -1)

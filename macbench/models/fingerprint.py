@@ -1,4 +1,4 @@
-"""One hash of a model's weights, so that a run cannot go on with others."""
+"""Hashes of a model, so that a run cannot go on with another one: its weights, and what else its folder says about it."""
 
 import contextlib
 import hashlib
@@ -6,15 +6,31 @@ import re
 from pathlib import Path
 
 from macbench.files import write_whole
+from macbench.models import lora
 from macbench.models.smollm2 import cache_root
 from macbench.models.weights import folder_or_id
 
+# What transformers reads of a folder besides weights: configurations, tokenizer, chat template.
+_DESCRIPTION = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "vocab.txt", "merges.txt")
 
-def weights_sha256(spec) -> str | None:
-    """Over names and contents of the safetensors files of a ``conf/model`` node; None where there are none (random weights)."""
+
+def hashes(spec) -> dict[str, str | None]:
+    """Of a ``conf/model`` node, over names and contents of files: ``weights_sha256`` (safetensors) and ``model_sha256`` (configuration,
+    tokenizer, chat template, adapter). None where there are no such files (random weights), and for a description that this program wrote
+    itself, from a GGUF whose hash is in the configuration."""
     folder = _folder(folder_or_id(spec), spec.get("revision") or "main")
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    lines = [f"{path.name} {_sha256(path)}" for path in files]
+    adapter = lora.find(spec)
+    described = [*_files(folder if spec.path else None, *_DESCRIPTION), *([f"adapter {_sha256(adapter)}"] if adapter else [])]
+    return {"weights_sha256": _over(_files(folder, "*.safetensors")), "model_sha256": _over(described)}
+
+
+def _files(folder: Path | None, *patterns: str) -> list[str]:
+    """A line per file: its name in the folder and its hash."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()} if folder else ()
+    return [f"{path.relative_to(folder).as_posix()} {_sha256(path)}" for path in sorted(found)]
+
+
+def _over(lines: list[str]) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 

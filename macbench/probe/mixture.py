@@ -16,23 +16,24 @@ POSITIONS = 131072
 # Share of sequences by family: (up to 8K tokens, 16K and 32K, above). One needle is learnt fast, so the harder families have more;
 # counting words helps nothing at long context, so it stays short.
 MIX = {
-    "noise": (0.03, 0.03, 0.03),
+    "noise": (0.03, 0.03, 0.04),
     "text": (0.06, 0.07, 0.08),
     "text_uuids": (0.06, 0.07, 0.08),
     "needles": (0.10, 0.12, 0.14),
-    "needles_uuids": (0.17, 0.20, 0.22),
-    "multivalue": (0.13, 0.13, 0.15),
-    "multiquery": (0.13, 0.13, 0.15),
-    "vt": (0.14, 0.14, 0.08),
-    "chains": (0.02, 0.03, 0.03),
+    "needles_uuids": (0.14, 0.16, 0.20),
+    "multivalue": (0.17, 0.17, 0.18),
+    "multiquery": (0.12, 0.13, 0.14),
+    "vt": (0.14, 0.14, 0.07),
+    "chains": (0.05, 0.05, 0.04),
     "cwe": (0.04, 0.01, 0.0),
-    "fwe": (0.06, 0.03, 0.01),
-    "qa_1": (0.06, 0.04, 0.03),
+    "fwe": (0.05, 0.02, 0.01),
+    "qa_1": (0.04, 0.03, 0.02),
 }
 FAMILIES = tuple(MIX)
 SINGLE = 0.3  # share of needle sequences up to 16K tokens with one question
 STRETCHED, MOST_STRETCHED = 0.5, 65536  # share of sequences whose positions have gaps, of those up to so many tokens
-FIRST_WEIGHT = 4.0  # of the first question, the only one that follows its context as in an evaluation
+# Of the first question, the only one that follows its context as in an evaluation: times another one's weight, and least share of a sequence's.
+FIRST_WEIGHT, FIRST_SHARE = 4.0, 0.25
 
 
 @dataclass
@@ -70,11 +71,11 @@ class Mixture:
             return chains.make(self.dialogue, length, rng)
         return self._official.make(family, length, rng)
 
-    def batch(self, step: int, length: int, rows: int) -> Batch:
-        """The rows of training step ``step``."""
+    def batch(self, step: int, length: int, rows: int, first: int = 0) -> Batch:
+        """``rows`` rows of training step ``step`` from row ``first`` on."""
         sequences, positions = [], []
         shares = np.array([MIX[family][0 if length <= 8192 else 1 if length <= 32768 else 2] for family in FAMILIES])
-        for row in range(rows):
+        for row in range(first, first + rows):
             rng = np.random.default_rng([self.seed, step, row])
             family = FAMILIES[rng.choice(len(FAMILIES), p=shares / shares.sum())]
             single = length <= 16384 and rng.random() < SINGLE
@@ -106,17 +107,18 @@ def stretched(length: int, context: int, rng: np.random.Generator) -> np.ndarray
 
 
 def collate(sequences: list[Sequence], positions: np.ndarray, length: int, pad: int) -> Batch:
-    """Pad sequences of at most ``length`` tokens. Every sequence weighs the same, and its first answer's tokens ``FIRST_WEIGHT`` times."""
+    """Pad sequences of at most ``length`` tokens. Every sequence weighs the same, and its first answer more than another."""
     ids = np.full((len(sequences), length), pad, np.int32)
     rows, columns, weights, question, first, family = [], [], [], [], [], []
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence.ids)] = sequence.ids
-        own = []
+        own, others = [], len(sequence.answers) - 1
+        heavy = max(FIRST_WEIGHT, others * FIRST_SHARE / (1 - FIRST_SHARE))
         for i, (start, end) in enumerate(sequence.answers):
             rows.append(np.full(end - start, row))
             columns.append(np.arange(start, end))
             question.append(np.full(end - start, len(first)))
-            own.append(np.full(end - start, FIRST_WEIGHT if i == 0 else 1.0))
+            own.append(np.full(end - start, heavy if i == 0 else 1.0))
             first.append(i == 0)
             family.append(FAMILIES.index(sequence.family))
         own = np.concatenate(own)

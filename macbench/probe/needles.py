@@ -72,8 +72,12 @@ class NeedleSequences:
             questions = [(questions[0][0].removeprefix("\n"), questions[0][1]), *questions[1:]]
         parts, answers = dialogue.turns(questions)
         room = length - len(head) - sum(map(len, hidden)) - sum(map(len, parts))
-        filler = self._filler(kind, rng, room, key_words, {key for key, _ in needles})
+        # RULER's first depth is before all text: as many needles as it hides stand there as often.
+        opens = kind.haystack == "essay" and rng.random() < min(len(hidden), 8) / len(protocol.DEPTHS)
+        filler = self._filler(kind, rng, room, key_words, {key for key, _ in needles}, opens)
         places = np.sort(rng.integers(1 if kind.haystack == "essay" else 0, len(filler) + 1, len(hidden)))
+        if opens:
+            places[0] = 0
         context, spans, last = [head], {}, 0
         at = len(head)
         for (key, _), ids, place in zip(needles, hidden, places.tolist(), strict=True):
@@ -87,13 +91,13 @@ class NeedleSequences:
         evidence: list[list[Span]] = [[span for key in keys for span in spans[key]] for keys in asked]
         return Sequence(name, np.concatenate([*context, *parts]), shifted(answers, at), evidence)
 
-    def _filler(self, kind: Needles, rng: np.random.Generator, room: int, key_words: list[list[str]], taken: set[str]) -> list[np.ndarray]:
-        """Units of haystack with at most ``room`` tokens."""
+    def _filler(self, kind: Needles, rng, room: int, key_words: list[list[str]], taken: set[str], behind: bool) -> list[np.ndarray]:
+        """Units of haystack with at most ``room`` tokens. ``behind``: something stands before a text's first sentence."""
         if kind.haystack == "essay":
             first, last = self.text.passage(rng, max(room - 8, 0))
-            # RULER's context does not begin with a space.
-            opening = self.dialogue.encode(self.text.sentences[first])[0]
-            units = [opening] + [self.text.tokens[self.text.ends[i] : self.text.ends[i + 1]] for i in range(first + 1, last)]
+            units = [self.text.tokens[self.text.ends[i] : self.text.ends[i + 1]] for i in range(first, last)]
+            if not behind:  # RULER's context does not begin with a space
+                units[0] = self.dialogue.encode(self.text.sentences[first])[0]
             return units[: _fitting(units, room)]
         if kind.haystack == "noise":
             line = self.dialogue.encode(protocol.NOISE + "\n")[0]

@@ -20,6 +20,7 @@ from macbench.tasks.ruler.qa import QuestionAnswering
 from macbench.tasks.ruler.vt import VariableTracking
 from macbench.tasks.ruler.words import WordLists
 
+WORKED_EXAMPLES = 32  # of variable tracking: a seed of RULER's has one, whose places must not be learnt
 GENERATORS: dict[str, type[Generator]] = {"vt": VariableTracking, "cwe": CommonWords, "fwe": FrequentWords, "qa_1": QuestionAnswering}
 
 
@@ -46,12 +47,13 @@ class Official:
 
     def __init__(self, dialogue: Dialogue, text: Background, seed: str):
         self.dialogue, self.data, self.seed = dialogue, OtherData(text, seed), seed
-        self._kits: dict[int, Kit] = {}
-        self._generators: dict[tuple[str, int], Generator] = {}
+        self._kits: dict[tuple[int, str], Kit] = {}
+        self._generators: dict[tuple[str, int, str], Generator] = {}
 
     def make(self, name: str, length: int, rng: np.random.Generator) -> Sequence:
         """A prompt that fills ``length`` tokens with RULER's room for the answer, and the answer."""
-        generator = self._generator(name, length)
+        seed = f"{self.seed} {rng.integers(WORKED_EXAMPLES)}" if name == "vt" else self.seed
+        generator = self._generator(name, length, seed)
         many = len(self.data.squad.questions) if name.startswith("qa") else 2**31
         limit = protocol.WORDING[name].tokens_to_generate
         while True:
@@ -63,15 +65,15 @@ class Official:
         start = len(example.input_ids)
         return Sequence(name, np.concatenate([np.array(example.input_ids, np.int32), answer]), [(start, start + len(answer))])
 
-    def _generator(self, name: str, length: int) -> Generator:
-        if length not in self._kits:
-            kit = Kit(self.dialogue.chat, length, self.seed, self.data)
+    def _generator(self, name: str, length: int, seed: str) -> Generator:
+        if (length, seed) not in self._kits:
+            kit = Kit(self.dialogue.chat, length, seed, self.data)
             if first := next(iter(self._kits.values()), None):  # one table of tokens for all lengths
                 kit.pieces, kit.exact = first.pieces, first.exact
-            self._kits[length] = kit
-        if (name, length) not in self._generators:
-            self._generators[name, length] = GENERATORS[name](name, self._kits[length])
-        return self._generators[name, length]
+            self._kits[length, seed] = kit
+        if (name, length, seed) not in self._generators:
+            self._generators[name, length, seed] = GENERATORS[name](name, self._kits[length, seed])
+        return self._generators[name, length, seed]
 
 
 def answer_text(name: str, references: list[str]) -> str:

@@ -13,7 +13,10 @@ EVERY = 20.0  # seconds between tables
 
 
 class Report:
-    """Counts exact answers by length and family since the last table; ``first`` questions are asked as in an evaluation."""
+    """Counts exact answers by length and family since the last table; ``first`` questions are asked as in an evaluation.
+
+    Of several processes the first one reports, with the answers of its own share of each step.
+    """
 
     def __init__(self, path: Path, families: tuple[str, ...], append: bool):
         self.file, self.families, self.shown, self.begun = path.open("a" if append else "w"), families, monotonic(), monotonic()
@@ -23,8 +26,9 @@ class Report:
         self.answers: dict = defaultdict(lambda: [0, 0, 0, 0])  # (length, family): first right, first, all right, all
         self.steps: dict = defaultdict(lambda: [0, 0.0, 0.0])  # length: steps, seconds, loss
 
-    def step(self, batch: Batch, right, **line) -> None:
-        for i, (first, family) in enumerate(zip(batch.first.tolist(), batch.family.tolist(), strict=True)):
+    def step(self, batches: list[Batch], right, **line) -> None:
+        asked = [pair for batch in batches for pair in zip(batch.first.tolist(), batch.family.tolist(), strict=True)]
+        for i, (first, family) in enumerate(asked):
             counts = self.answers[line["length"], self.families[family]]
             counts[0] += int(first and right[i])
             counts[1] += int(first)

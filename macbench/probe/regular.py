@@ -33,10 +33,10 @@ class Ordinary:
     columns: np.ndarray
 
 
-def make(dialogue: Dialogue, text: Background, seed: int, step: int, length: int = LENGTH) -> Ordinary:
-    """Rows for one step: bare text, an instruction about a text with text as its answer, or a question over documents in RULER's words."""
+def make(dialogue: Dialogue, text: Background, seed: int, step: int, length: int = LENGTH, part: int = 0) -> Ordinary:
+    """Rows for one part of a step: bare text, an instruction about a text with text as its answer, or a question over documents in RULER's words."""
     ids, columns = [], []
-    for row in range(ROWS):
+    for row in range(part * ROWS, (part + 1) * ROWS):
         rng = np.random.default_rng([seed, step, row, 1])
         writers = (_bare, _instruction, _documents)
         parts = writers[rng.choice(len(writers), p=(0.25, 0.3, 0.45))](dialogue, text, rng, length)

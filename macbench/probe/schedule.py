@@ -1,26 +1,26 @@
 """How long the sequences of a step are, and how large its learning rate is, as functions of the share of the time that is spent.
 
-Time on one H100 (SmolLM2-135M, bf16, nothing recomputed but feed-forward layers at 128K), a fit to measured steps: linear layers and the
-rest 3.5 us a token, causal attention of n tokens 3.5 * 34,560 * n^2 flop forward and backward at 425 TFLOP/s (cuDNN). With ``STEP_TOKENS``
-tokens a step:
+Time on one H100 (SmolLM2-135M, bf16, nothing recomputed but feed-forward layers at 128K), a fit to measured steps of 65,536 tokens: linear
+layers and the rest 3.5 us a token, causal attention of n tokens 3.5 * 34,560 * n^2 flop forward and backward at 425 TFLOP/s (cuDNN). Half as
+many tokens a part, and two parts a step, give twice the steps up to 32K in the same time on two GPUs. With ``STEP_TOKENS`` tokens a part:
 
     length        4K    8K    16K   32K   64K   128K
-    rows          16    8     4     2     1     1
-    s, measured   0.29  0.40  0.55  0.84  1.44  5.5
-    s of 345      43    50    53    68    67    60    (by PHASES)
-    steps         144   124   96    80    46    11
+    rows          8     4     2     1     1     1
+    s, fitted     0.15  0.19  0.27  0.42  1.45  5.4
+    s of 500      62    74    80    98    100   85    (by PHASES)
+    steps         402   386   300   234   69    16
 """
 
 import math
 from dataclasses import dataclass, field
 
-STEP_TOKENS = 65536
+STEP_TOKENS = 32768
 # (end of the phase as a share of all time, {tokens of a sequence: share of the phase's time})
 PHASES = (
     (0.10, {4096: 0.6, 8192: 0.4}),
     (0.30, {4096: 0.15, 8192: 0.25, 16384: 0.35, 32768: 0.25}),
     (0.55, {4096: 0.06, 8192: 0.14, 16384: 0.20, 32768: 0.30, 65536: 0.30}),
-    (1.00, {4096: 0.05, 8192: 0.05, 16384: 0.08, 32768: 0.16, 65536: 0.26, 131072: 0.40}),
+    (1.00, {4096: 0.04, 8192: 0.05, 16384: 0.09, 32768: 0.16, 65536: 0.28, 131072: 0.38}),
 )
 WARMUP, FLOOR = 0.03, 0.03  # share of the time in which the rate rises; what is left of it at the end
 
@@ -42,20 +42,21 @@ def seconds(length: int, rows: int) -> float:
 class Lengths:
     """Chooses the length of each step so that every length gets its share of the phase's time.
 
-    ``longest``: longer ones are left out. ``cost``: seconds of a step by length, an estimate at first, then measured; ``spent``: seconds
-    planned so far in the current phase.
+    ``longest``: longer ones are left out. ``parts``: of a step, one after the other. ``cost``: seconds of a step by length, an estimate at
+    first, then measured; ``spent``: seconds planned so far in the current phase.
     """
 
     longest: int = 131072
     step_tokens: int = STEP_TOKENS
     phases: tuple = PHASES
+    parts: int = 1
     cost: dict[int, float] = field(default_factory=dict)
     spent: dict[int, float] = field(default_factory=dict)
     phase: int = -1
 
     def __post_init__(self):
         known = {length for _, shares in self.phases for length in shares}
-        self.cost = {length: seconds(length, self.rows(length)) for length in known} | self.cost
+        self.cost = {length: self.parts * seconds(length, self.rows(length)) for length in known} | self.cost
 
     def rows(self, length: int) -> int:
         return max(self.step_tokens // length, 1)

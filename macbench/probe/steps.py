@@ -7,12 +7,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from macbench.probe.group import Group
 from macbench.probe.mixture import Batch
 from macbench.probe.network import Probe
 from macbench.probe.regular import Ordinary
 
 LEAN_TOKENS = 98304  # from so many tokens on, feed-forward layers are recomputed: without, a token needs 0.6 MB
 CLIP = 1.0  # largest norm of the gradient
+Part = tuple[Batch, Ordinary | None]  # of a step: rows with questions and, now and then, ordinary text
 
 
 @dataclass
@@ -53,23 +55,28 @@ def distance(probe: Probe, ordinary: Ordinary) -> torch.Tensor:
     return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
-def update(probe: Probe, optimiser: torch.optim.Optimizer, rate: float, batch: Batch, ordinary: Ordinary | None, weight: float) -> dict:
-    """One step at learning rate ``rate``; ``weight`` of the distance. Returns loss, distance (None without), norm and ``right``."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    outcome = answer_loss(probe, batch)
-    outcome.loss.backward()
-    apart = None
-    if ordinary is not None:
-        apart = distance(probe, ordinary)
-        (weight * apart).backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], CLIP)
+def update(probe: Probe, optimiser: torch.optim.Optimizer, rate: float, parts: list[Part], weight: float, group: Group) -> dict:
+    """One step at learning rate ``rate`` on the mean over this process's ``parts`` and as many of each other process's.
+
+    ``weight``: of the distance. Returns loss, distance (None without) and norm of the whole step, and ``right`` of the own parts.
+    """
+    for settings in optimiser.param_groups:
+        settings["lr"] = rate
+    trained = [p for settings in optimiser.param_groups for p in settings["params"]]
+    count, means, right = len(parts) * group.size, torch.zeros(2, device=probe.network.device), []
+    for batch, ordinary in parts:
+        outcome = answer_loss(probe, batch)
+        (outcome.loss / count).backward()
+        means[0] += outcome.loss.detach() / count
+        right.append(outcome.right)
+        if ordinary is not None:
+            apart = distance(probe, ordinary)
+            (weight * apart / count).backward()
+            means[1] += apart.detach() / count
+    group.add([*(p.grad for p in trained), means])
+    norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
     if math.isfinite(norm_value := float(norm)):  # one bad batch must not end the run
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return {
-        "loss": float(outcome.loss.detach()),
-        "distance": None if apart is None else float(apart.detach()),
-        "norm": norm_value,
-        "right": outcome.right.cpu().numpy(),
-    }
+    loss, apart = means.tolist()
+    return {"loss": loss, "distance": None if ordinary is None else apart, "norm": norm_value, "right": torch.cat(right).cpu().numpy()}

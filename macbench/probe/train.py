@@ -1,7 +1,9 @@
-"""Train the adapter of smollm2_128k on one GPU.
+"""Train the adapter of smollm2_128k on one GPU, or on several.
 
-    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --seconds 540 --out runs/probe
+    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --seconds 1140 --accumulate 2 --out runs/probe
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m macbench.probe.train --text ... --seconds 570
 
+A step is the mean of ``--accumulate`` parts, which the processes share out. So the two commands do the same steps, up to the order of sums.
 The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of
 the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step) and checkpoint.safetensors
 (float32 terms and moments), from which ``--resume`` goes on. ``--init`` starts from an adapter instead, with fresh moments.
@@ -21,6 +23,7 @@ from macbench.errors import ConfigError
 from macbench.models import lora
 from macbench.models.weights import load, load_chat, resolve_device
 from macbench.probe import STARTED, backend, checkpoint, text
+from macbench.probe.group import Group
 from macbench.probe.mixture import FAMILIES, POSITIONS, Mixture
 from macbench.probe.network import Probe
 from macbench.probe.progress import Report
@@ -52,7 +55,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(min((os.cpu_count() or 2) - 2, 12), 0), help="processes that make batches; 0: none")
     parser.add_argument("--longest", type=int, default=POSITIONS, help="longest sequence, tokens")
     parser.add_argument("--shrink", type=int, default=1, help="divide every length by this, to try the script")
-    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of a step with more than one sequence")
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of a part with more than one sequence")
+    parser.add_argument("--accumulate", type=int, help="parts of a step; default: the number of processes, of which it is a multiple")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args(argv)
 
@@ -70,60 +74,78 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     chat = load_chat(spec)
     background = text.read(args.text, chat, held_out=False)
-    stream = Stream(Mixture(chat, background, args.seed), args.workers)
+    stream = Stream(Mixture(chat, background, args.seed), args.workers, parts(args.accumulate))
+    group = Group(device)
     try:
         torch.manual_seed(args.seed)
         network = load(spec, device, chat).network
         probe = Probe(network, args.rope_theta, torch.bfloat16 if device == "cuda" else torch.float32)
         header = lora.Header(spec.gguf_sha256, args.rope_theta, POSITIONS, probe.scale)
         with backend.fastest(network):
-            train(probe, header, stream, args, out, started)
+            train(probe, header, stream, group, args, out, started)
+        if group.leads:
+            adapter = out / "adapter.safetensors"
+            print(json.dumps({"adapter": str(adapter), "sha256": lora.sha256(adapter)}))
     finally:
         stream.close()
+        group.close()
 
 
-def train(probe: Probe, header: lora.Header, stream: Stream, args: argparse.Namespace, out: Path, started: float) -> None:
-    """The loop; ``started``: when the clock of ``--seconds`` began."""
+def parts(accumulate: int | None) -> range:
+    """Which of a step's parts are this process's."""
+    size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    accumulate = size if accumulate is None else accumulate
+    if accumulate < 1 or accumulate % size:
+        raise ConfigError("--accumulate", accumulate, f"must be a positive multiple of the number of processes, {size}")
+    return range(rank, accumulate, size)
+
+
+def train(probe: Probe, header: lora.Header, stream: Stream, group: Group, args: argparse.Namespace, out: Path, started: float) -> None:
+    """The loop; ``started``: when the clock of ``--seconds`` began. The first process plans and writes."""
     weights = probe.trained()
     optimiser = torch.optim.AdamW(weights.values(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     phases = tuple((end, {length // args.shrink: share for length, share in shares.items()}) for end, shares in PHASES)
-    lengths, place = Lengths(args.longest, args.step_tokens, phases), checkpoint.Place(0, args.start, {})
+    lengths, place = Lengths(args.longest, args.step_tokens, phases, len(stream.parts)), checkpoint.Place(0, args.start, {})
     if args.init:
         probe.set_factors(lora.read(Path(args.init))[0])
     if args.resume:
         place = checkpoint.load(out / "checkpoint.safetensors", weights, optimiser)
         lengths.restore(place.plan)
     clock = Clock(args, place, started)
-    report = Report(out / "log.jsonl", FAMILIES, append=args.resume)
+    report = Report(out / "log.jsonl", FAMILIES, append=args.resume) if group.leads else None
     saved, asked, plans = monotonic(), place.step, {}
     while True:
         while len(stream.queue) < AHEAD:
             ahead = sum(lengths.cost[request[1]] for request, _ in stream.queue)
-            length = lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead)
-            if length is None:
+            length = int(group.first(lambda: lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead) or 0))  # noqa: B023
+            if not length:
                 break
             stream.ask(asked, length, lengths.rows(length), min(length, ORDINARY))
             plans[asked] = lengths.state()
             asked += 1
         if not stream.queue:
             break
-        (step, length, rows, _), (batch, ordinary) = stream.get()
+        (step, length, rows, _), made = stream.get()
         plan = plans.pop(step)
-        if lengths.cost[length] > clock.left(step):
-            continue  # steps before it took longer than they should have
-        progress, begun = clock.progress(step), monotonic()
+        late = lengths.cost[length] > clock.left(step)  # steps before it took longer than they should have
+        progress, begun = group.first(lambda: -1.0 if late else clock.progress(step)), monotonic()  # noqa: B023
+        if progress < 0:
+            continue
         rate = learning_rate(progress, args.rate)
-        outcome = update(probe, optimiser, rate, batch, ordinary, args.distance)
+        outcome = update(probe, optimiser, rate, made, args.distance, group)
         took = monotonic() - begun
         if args.steps is None:
             lengths.measured(length, took)
-        report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batch=batch, **outcome)
         place = checkpoint.Place(step + 1, clock.progress(step + 1), plan)
-        if monotonic() - saved > SAVE_EVERY:
-            _save(out, probe, header, weights, optimiser, place)
-            saved = monotonic()
-    _save(out, probe, header, weights, optimiser, place)
-    report.close()
+        if report:
+            batches = [batch for batch, _ in made]
+            report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batches=batches, **outcome)
+            if monotonic() - saved > SAVE_EVERY:
+                _save(out, probe, header, weights, optimiser, place)
+                saved = monotonic()
+    if report:
+        _save(out, probe, header, weights, optimiser, place)
+        report.close()
 
 
 def _save(out: Path, probe: Probe, header: lora.Header, weights: dict, optimiser: torch.optim.Optimizer, place: checkpoint.Place) -> None:
@@ -159,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"adapter": str(Path(args.out) / "adapter.safetensors"), "sha256": lora.sha256(Path(args.out) / "adapter.safetensors")}))
     return 0
 
 

@@ -13,6 +13,7 @@ from macbench.errors import ConfigError
 from macbench.files import write_whole
 from macbench.methods.base import is_int
 from macbench.methods.full import Full
+from macbench.redact import redact
 from macbench.sampling import StopStrings
 from macbench.trace import amending, chains, matching, records
 from macbench.trace.text import layers
@@ -60,7 +61,7 @@ def run(task: dict, method: dict, model, examples: list, engine: Engine, target:
     tables = {name: pd.concat(found, ignore_index=True) for name, found in frames.items() if found}
     records.write(target, tables, facts)
     for name, text in (("environment.json", environment.to_json(facts)), ("config.yaml", config)):
-        write_whole(target / name, lambda file, text=text: file.write(text.encode()))
+        write_whole(target / name, lambda file, text=text: file.write(redact(text).encode()))
     print(_table(tables, method))
     print(f"records: {target}")
     return 0 if "acceptance" in tables else 1

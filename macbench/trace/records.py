@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.files import write_whole
+from macbench.redact import redact
 
 _TEXT, _REAL = pa.string(), pa.float64()
 _KEY = [("task", _TEXT), ("subtask", _TEXT), ("example_id", _TEXT)]
@@ -41,7 +42,7 @@ def write(folder: Path, frames: dict[str, pd.DataFrame], facts: dict) -> None:
     """All tables of a trace, each file whole. Columns that a frame lacks become null."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, fields in SCHEMAS.items():
-        schema = pa.schema(fields, metadata={"macbench": json.dumps(facts, default=str)})
+        schema = pa.schema(fields, metadata={"macbench": redact(json.dumps(facts, default=str))})
         frame = frames.get(name, pd.DataFrame()).reindex(columns=schema.names)
         table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata(schema.metadata)
         write_whole(folder / f"{name}.parquet", lambda file, table=table: pq.write_table(table, file, compression="zstd"))

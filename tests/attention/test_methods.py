@@ -3,6 +3,7 @@
 import pytest
 
 from macbench.attention.methods import METHODS, SCHEMA, measure
+from macbench.attention.phases import summed
 from macbench.methods.kivi import KIVI
 
 CTX, BATCH, HEADS, KV_HEADS, DIM = 400, 2, 4, 2, 64
@@ -12,7 +13,7 @@ ROW = 2 * DIM * 2  # bytes of a token's K and V in a KV head
 @pytest.fixture(scope="module")
 def rows():
     names = ["full", "streaming_llm", "snapkv", "kivi", "int8", "tidaldecode"]
-    made = measure(0.2, CTX, BATCH, f"{HEADS}/{KV_HEADS}", DIM, layers=2, methods=names, replays=3, device="cpu")
+    made = measure(0.2, CTX, BATCH, f"{HEADS}/{KV_HEADS}", DIM, layers=4, methods=names, replays=3, device="cpu")
     return {row["method"]: row for row in made}
 
 
@@ -34,5 +35,17 @@ def test_times_stand_beside_their_targets(rows):
     assert set(row) == set(SCHEMA.names) and set(rows) < set(METHODS)
 
 
-def test_a_floor_is_a_row(rows):
-    assert "floor" in rows["tidaldecode"]["error"] and rows["tidaldecode"]["time_ms"] is None
+def test_a_method_that_cannot_read_so_little_runs_at_the_least_it_can(rows):
+    row = rows["tidaldecode"]
+    assert "floor" in row["floor"] and row["error"] is None
+    # Three of four layers are dense.
+    assert row["budget"] == 0.8 and row["rho_bytes"] == pytest.approx(0.8, rel=0.02) and row["time_ms"] > 0
+    assert rows["snapkv"]["budget"] == 0.2 and rows["snapkv"]["floor"] is None
+
+
+def test_kernels_are_sorted_by_what_they_do():
+    add = "void at::native::elementwise_kernel<AddFunctor<float>>"
+    kernels = [("_attend_sets", 300, 6), ("_merge_pieces", 60, 6), ("_select", 120, 6), (add, 30, 12)]
+    got = summed(kernels, 6)
+    assert (got["attention_ms"], got["choice_ms"], got["torch_ms"]) == pytest.approx((0.06, 0.02, 0.005)) and got["launches"] == 5
+    assert got["slowest"].startswith("_attend_sets 50.0 us in 1; _select 20.0 us in 1") and "AddFunctor" in got["slowest"]

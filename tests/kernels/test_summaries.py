@@ -51,7 +51,7 @@ def test_bounds_follow_the_keys_token_by_token(backend, size, dim, both):
     skipped = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)  # request 1 has lost its first 5 tokens
     bounds = torch.full((2, 2, dim * (1 + both), width), float("nan"), device=DEVICE)
     for b in range(2):
-        build_bounds(bounds, b, k[b, :, int(skipped[b]) : prompt], size)
+        build_bounds(bounds[b], k[b, :, int(skipped[b]) : prompt], size)
     for t in range(prompt, prompt + more):
         cache.extend(1)
         cache.append(0, k[:, :, t : t + 1], k[:, :, t : t + 1])
@@ -123,7 +123,9 @@ def test_kmeans_finds_separate_groups():
     truth = torch.randint(0, 4, (2, 200), device=DEVICE)
     points = kmeans.take(centres, truth) + 0.1 * torch.randn(2, 200, 8, device=DEVICE)
     found = kmeans.lloyd(
-        points, kmeans.take(points, torch.stack([(row == i).nonzero()[0, 0] for row in truth for i in range(4)]).view(2, 4)), 3, None
+        points,
+        kmeans.take(points, torch.stack([(row == i).nonzero()[0, 0] for row in truth for i in range(4)]).view(2, 4)),
+        torch.zeros(2, 2, 4, dtype=torch.int64),
     )
     labels = kmeans.nearest(points, found)
     assert torch.equal(labels, truth)
@@ -137,9 +139,9 @@ def test_kmeans_finds_separate_groups():
 def test_kmeans_draws_distinct_points_and_fills_empty_clusters():
     points = torch.randn(3, 50, 4, device=DEVICE)
     generator = torch.Generator().manual_seed(1)
-    chosen = kmeans.draw(points, 50, generator)
+    chosen = kmeans.draw(3, 50, 50, generator).to(DEVICE)
     assert all(sorted(row.tolist()) == list(range(50)) for row in chosen)
     far = torch.full((3, 5, 4), 1e3, device=DEVICE)
     assert kmeans.means(points, kmeans.nearest(points, far), 5)[1].tolist() == [[50, 0, 0, 0, 0]] * 3
-    found = kmeans.lloyd(points, far, 4, generator)
+    found = kmeans.lloyd(points, far, torch.randint(50, (3, 3, 5), generator=generator))
     assert (kmeans.means(points, kmeans.nearest(points, found), 5)[1] > 0).float().mean() > 0.7

@@ -43,7 +43,7 @@ def copied(ring: Ring) -> Ring:
 
 def assert_same(step, ring, want, want_ring, dtype, visible):
     """Two steps agree; requests without a token have no ring entry to compare."""
-    for name in ("spans", "looked_up", "hit", "chain"):
+    for name in ("spans", "looked_up", "hit", "chain", "scanned"):
         assert torch.equal(getattr(step, name), getattr(want, name)), name
     tolerance = 2e-5 if dtype == torch.float32 else 1e-2
     lengths = want.spans[1, 1, :, 0].long()
@@ -86,6 +86,16 @@ def test_equals_the_composed_reference(case, dtype):
     assert_same(step, ring, want, other, dtype, visible)
     if min(case["lengths"]) > 2 * params.band + case["capacity"]:
         assert step.hit.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("few", "long"), [(1, 2), (2, 4), (1, 1000), (4, 2)])
+def test_who_shares_the_tiles_changes_nothing(few, long, dtype):
+    """Long reads on some of the programs, short ones on all; a step with sinks has two reads per KV head."""
+    q_pre, q, cache, ring = problem([150, 0, 90], 4, 64, 40, dtype=dtype)
+    other, params = copied(ring), MacParams(4.0, 16, sink=3)
+    step = mac_step(q_pre, q, cache, 0, ring, params, 0.125, occupancy=4, few=few, long=long)
+    assert_same(step, ring, reference(q_pre, q, cache, 0, other, params, 0.125), other, dtype, cache.lengths > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,9 +1,11 @@
 """task=decode on a tiny model: bytes, floors and ratios follow from their definitions, synthetic hits hit, failures are rows."""
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from macbench.decoder import Decoder
 from macbench.errors import ConfigError
 from macbench.latency import bench, command, table
 from macbench.latency.bench import measure, weight_bytes
@@ -36,7 +38,30 @@ def test_a_row_for_every_method(rows):
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["tpot_ms"])
         assert row["tpot_p50_ms"] <= row["tpot_p95_ms"]
     assert [r["hit_rate_measured"] for r in rows] == [None, 0, 0.5, 1]
-    assert rows[0]["prefill_s"] > 0 and rows[0]["first_token_s"] > rows[0]["prefill_s"]
+    assert rows[0]["prefill_s"] > 0 and rows[0]["first_token_s"] == rows[0]["prefill_s"]  # a prefill ends with the first token
+    assert rows[1]["first_token_s"] is None
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_times_are_those_of_the_timed_steps(network, monkeypatch, graph):
+    """A clock that only decode steps move: the four warm-up steps are long, the timed ones skewed, so that mean, median and p95 all differ."""
+    durations = [0.1 * (i + 1) ** 2 for i in range(40)]
+    clock, waiting = [0.0], iter([1000.0] * 4 + sorted(durations, key=str))
+    step = Decoder.step
+
+    def timed(self):
+        step(self)
+        clock[0] += next(waiting)
+
+    monkeypatch.setattr(Decoder, "step", timed)
+    monkeypatch.setattr(bench, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench, "breakdown", lambda engine, decoder, p50, feed: {"attention_ms": p50})
+    knobs = KNOBS | {"ctx": [40], "steps": 40, "modes": ["graph" if graph else "eager"], "mac": None}
+    (row,) = measure(network, "tiny", True, **knobs)
+    p50, p95 = np.percentile(durations, [50, 95])
+    assert row["tpot_p50_ms"] == pytest.approx(1e3 * p50) and row["tpot_p95_ms"] == pytest.approx(1e3 * p95)
+    assert row["tpot_ms"] == pytest.approx(1e3 * np.mean(durations)) and row["tokens_per_s"] == pytest.approx(2 / np.mean(durations))
+    assert row["steps"] == 40 and row["attention_ms"] == (row["tpot_p50_ms"] if graph else None)
 
 
 def test_bytes_are_those_of_the_timed_steps(rows):

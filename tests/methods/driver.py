@@ -58,7 +58,7 @@ class Driver:
         first = max(0, prompt - (method.prompt_queries if keep is None else keep))
         tail = slice(first, prompt)
         sums = column_sums(stream.q, stream.k, prompt, dim**-0.5) if method.prompt_column_sums else None
-        method.after_prefill(0, 0, PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first, sums), self.cache)
+        method.after_prompt(0, [PromptQueries(stream.q_pre[None, :, tail], stream.q[None, :, tail], first, sums)], self.cache)
 
     def grow(self) -> int:
         """Make the next token visible; returns its position."""
@@ -154,10 +154,11 @@ class Batch:
         for b, text in enumerate(texts):
             start = max(0, text.prompt - method.prompt_queries)
             tail = slice(start, text.prompt)
+            queries = []
             for layer in range(layers):
                 sums = column_sums(text.q[layer], text.k[layer], text.prompt, dim**-0.5) if method.prompt_column_sums else None
-                queries = PromptQueries(text.q_pre[layer, None, :, tail], text.q[layer, None, :, tail], start, sums)
-                method.after_prefill(layer, b, queries, self.cache)
+                queries.append(PromptQueries(text.q_pre[layer, None, :, tail], text.q[layer, None, :, tail], start, sums))
+            method.after_prompt(b, queries, self.cache)
         self.steps = 0
 
     def _permute(self) -> None:

@@ -24,6 +24,7 @@ def stub(s) -> Kernels:
         return State(torch.zeros(*lead, s.batch, s.q_heads, s.head_dim), torch.zeros(*lead, s.batch, s.q_heads))
 
     flags, bounds = torch.zeros(s.batch, s.q_heads, dtype=torch.bool), torch.zeros(2, 2, s.batch, s.q_heads, dtype=torch.int32)
+    mac = (bounds, flags, flags, flags.int(), flags[:, 0].int())
     return replace(
         kernels("torch"),
         attend=lambda q, cache, layer, spans, scale: state(spans.shape[0]),
@@ -35,7 +36,7 @@ def stub(s) -> Kernels:
         attend_quantised=lambda *args: state(),
         quantise_rows=lambda *args: None,
         weigh_rows=lambda weights, table: torch.zeros(*weights.shape[:3], table.shape[-1]),
-        mac_step=lambda q_pre, q, *args: MacStep(torch.zeros_like(q), bounds.clone(), flags.clone(), flags.clone(), flags.int()),
+        mac_step=lambda q_pre, q, *args: MacStep(torch.zeros_like(q), *(x.clone() for x in mac)),
     )
 
 

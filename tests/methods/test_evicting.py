@@ -12,9 +12,10 @@ from macbench.methods import tova
 from macbench.methods.base import PromptQueries
 from macbench.methods.h2o import H2O
 from macbench.methods.pyramidkv import PyramidKV
-from macbench.methods.snapkv import SnapKV, pooled, reduced
+from macbench.methods.snapkv import SnapKV, pooled
 from macbench.methods.survivors import best
 from macbench.methods.tova import TOVA
+from macbench.methods.votes import REDUCE, window_votes
 from tests.conftest import DEVICE, filled_cache
 from tests.methods.driver import Driver, Stream, column_sums
 
@@ -29,23 +30,27 @@ def few(backend: str, steps: int) -> int:
 
 # -- golden examples --------------------------------------------------------------------------------------------------
 
-VOTES = torch.tensor([[0.25, 0.5, 0.05, 0.65, 0.25, 0.15, 0.4, 0.7], [0.7, 0.65, 0.2, 0, 0.6, 0.55, 0.6, 0]])
+VOTES = torch.tensor([[[0.25, 0.5, 0.05, 0.65, 0.25, 0.15, 0.4, 0.7], [0.7, 0.65, 0.2, 0, 0.6, 0.55, 0.6, 0]]])
+
+
+def reduced(votes, gqa):
+    return REDUCE[gqa](votes)
 
 
 @pytest.mark.parametrize(
     ("scores", "want"),
     [
-        (reduced(VOTES, 1, "sum"), [[0, 1, 6]]),
-        (pooled(reduced(VOTES, 1, "sum"), 3, "avg"), [[1, 5, 6]]),
-        (reduced(pooled(VOTES, 3, "avg"), 1, "sum"), [[1, 5, 6]]),
-        (pooled(reduced(VOTES, 1, "sum"), 3, "max"), [[0, 1, 2]]),
-        (reduced(pooled(VOTES, 3, "max"), 1, "sum"), [[2, 6, 7]]),
-        (pooled(reduced(VOTES, 1, "per_q_head"), 3, "max"), [[2, 6, 7], [0, 1, 2]]),
+        (reduced(VOTES, "sum"), [[0, 1, 6]]),
+        (pooled(reduced(VOTES, "sum"), 3, "avg"), [[1, 5, 6]]),
+        (reduced(pooled(VOTES, 3, "avg"), "sum"), [[1, 5, 6]]),
+        (pooled(reduced(VOTES, "sum"), 3, "max"), [[0, 1, 2]]),
+        (reduced(pooled(VOTES, 3, "max"), "sum"), [[2, 6, 7]]),
+        (pooled(reduced(VOTES, "per_q_head"), 3, "max"), [[2, 6, 7], [0, 1, 2]]),
     ],
 )
 def test_golden_votes(backend, scores, want):
     """Reducing before or after pooling, and the tie rule: (0, 1, 2) are all .575, (2, 6, 7) all .65."""
-    assert best(kernels(backend, DEVICE), scores.half().float().to(DEVICE), 3).tolist() == want
+    assert best(kernels(backend, DEVICE), scores.half().float().to(DEVICE), 3)[0].tolist() == want
 
 
 def test_golden_snapkv_pipeline(backend):
@@ -53,14 +58,13 @@ def test_golden_snapkv_pipeline(backend):
     q = torch.tensor([[(-1, 2), (-1, 0)], [(2, 1), (1, -1)]])
     k, q = (torch.nn.functional.pad(x.float(), (0, 14)).to(DEVICE) for x in (k, q))  # kernels want multiples of 8 channels, matrix units of 16
     layer, cache = kernels(backend, DEVICE), filled_cache(k[None, None], k[None, None])
-    lse = layer.causal(q[None], cache, 0, 6, 2**-0.5).lse
-    votes = layer.column_sums(q[None], cache, 0, 6, lse, 2**-0.5)[:, :6]
-    torch.testing.assert_close(votes.mean(0).cpu(), torch.tensor([0.157022, 0.101908, 0.501732, 0.263129, 0.356960, 0.349965]), atol=1e-6, rtol=0)
+    votes = window_votes([PromptQueries(q[None], q[None], 6)], cache, 0, 2**-0.5, "mean")[0, 0, :6]
+    torch.testing.assert_close(votes.cpu(), torch.tensor([0.157022, 0.101908, 0.501732, 0.263129, 0.356960, 0.349965]), atol=1e-6, rtol=0)
     for pooling, want in (("avg", [2, 3, 4, 6, 7]), ("max", [1, 2, 3, 6, 7])):
         method = SnapKV(capacity=5, window=2, kernel=3, pooling=pooling)
         shape = Shape(1, 2, 1, 16, 2**-0.5, device=DEVICE, max_tokens=16)
         method.begin(shape, layer, Ledger(shape))
-        method.after_prefill(0, 0, PromptQueries(q[None], q[None], 6), cache)
+        method.after_prompt(0, [PromptQueries(q[None], q[None], 6)], cache)
         assert method.survivors.ids[0, 0, 0, :5].tolist() == want
 
 
@@ -115,7 +119,7 @@ def test_golden_h2o():
     ledger = Ledger(shape)
     method.begin(shape, kernels("torch"), ledger)
     cache = type("Cache", (), {"host_lengths": [5], "lengths": torch.tensor([5], dtype=torch.int32)})()
-    method.after_prefill(0, 0, PromptQueries(None, None, 5, sums), cache)
+    method.after_prompt(0, [PromptQueries(None, None, 5, sums)], cache)
     assert method.survivors.ids[0, 0, 0, :4].tolist() == [0, 2, 3, 4]
     steps = [
         ({0: 0.1, 2: 0.1, 3: 0.2, 4: 0.4, 5: 0.2}, {0: 2.7, 2: 1.0, 3: 0.8, 4: 0.6, 5: 0.2}, 3),
@@ -190,7 +194,7 @@ def output_of(driver, head, t, tokens):
     return weights_of(driver, head, t, tokens) @ driver.stream.v[head // 3, tokens].double()
 
 
-def window_votes(driver, window, prompt):
+def simulated_votes(driver, window, prompt):
     votes = torch.zeros(6, prompt, dtype=torch.float64)
     for h in range(6):
         for t in range(prompt - window, prompt):
@@ -209,7 +213,7 @@ def test_snapkv_equals_the_definition(settings, prompt, backend):
     method = SnapKV(capacity=24, window=8, kernel=5, **settings)
     steps = few(backend, 12)
     driver = Driver(method, Stream.random(prompt + steps, dtype=torch.float32, device=DEVICE), prompt, backend)
-    votes = window_votes(driver, 8, prompt) if prompt > 24 else None
+    votes = simulated_votes(driver, 8, prompt) if prompt > 24 else None
     held = []
     for h in range(6):
         if votes is None:

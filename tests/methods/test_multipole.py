@@ -48,7 +48,7 @@ def golden(monkeypatch, **settings):
     method = Multipole(**settings)
     method.begin(shape, kernels("torch"), Ledger(shape))
     labels = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2]])
-    method._store(0, 0, cache, 0, torch.stack([k[labels[0] == i].mean(0) for i in range(3)])[None], labels)
+    method._store(slice(0, 1), 0, cache, 0, torch.stack([k[labels[0] == i].mean(0) for i in range(3)])[None], labels)
     method.clustered[0], method.clusters[0] = 8, 3
     return method, cache, torch.tensor([QUERIES], dtype=torch.float64)
 

@@ -112,6 +112,12 @@ def test_variables_are_those_that_hold_the_value(mixture):
             assert sorted(names.split()) == sorted(name for name, has in held.items() if has == value)
 
 
+def test_worked_examples_of_variable_tracking_differ(mixture):
+    texts = [decode(made(mixture, "vt", seed).ids).partition("Question:")[0] for seed in range(6)]
+    places = [tuple(i for i, line in enumerate(text.splitlines()) if line.startswith("VAR")) for text in texts]
+    assert all(len(place) == 5 for place in places) and len(set(places)) >= 4
+
+
 def test_words_that_are_counted(mixture):
     text = decode(made(mixture, "cwe").ids)
     listed = text.rpartition("Memorize the ones that appear most often.\n")[2]
@@ -178,6 +184,26 @@ def test_targets_of_a_batch(mixture):
         assert (batch.ids[row, len(sequence.ids) :] == mixture.dialogue.eos).all()
     assert batch.first.tolist() == [i == 0 for s in sequences for i in range(len(s.answers))]
     assert [FAMILIES[f] for f in batch.family] == [s.family for s in sequences for _ in s.answers]
+
+
+def test_the_first_of_many_questions_keeps_its_share(mixture):
+    sequence = made(mixture, "noise", 1, 32768)
+    assert len(sequence.answers) > 20
+    batch = collate([sequence], np.zeros((1, 32768)), 32768, mixture.dialogue.eos)
+    assert batch.weights[batch.question == 0].sum() == pytest.approx(0.25, rel=0.1)  # answers differ by a few tokens
+
+
+def test_a_needle_may_open_the_text(mixture):
+    texts = [decode(made(mixture, "multivalue", seed, single=True).ids) for seed in range(60)]
+    opened = [text for text in texts if "afterwards.\n One of the special magic" in text]
+    assert 1 <= len(opened) <= 20  # four of forty depths: 6 are expected
+
+
+def test_parts_of_a_step_are_its_rows(mixture):
+    whole, part = mixture.batch(3, 1024, 4), mixture.batch(3, 1024, 2, first=2)
+    np.testing.assert_array_equal(whole.ids[2:], part.ids)
+    rows = [regular.make(mixture.dialogue, mixture.text, 0, 3, 1024, part=part).ids for part in (0, 1)]
+    assert (rows[0] != rows[1]).any()
 
 
 def test_stretched_positions():

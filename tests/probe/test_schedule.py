@@ -41,8 +41,9 @@ def test_a_step_that_takes_too_long_is_not_chosen():
 
 def test_rows_costs_and_state():
     lengths = Lengths()
-    assert [lengths.rows(n) for n in (4096, 65536, 131072)] == [16, 1, 1]
+    assert [lengths.rows(n) for n in (4096, 65536, 131072)] == [8, 1, 1]
     assert seconds(131072, 1) == pytest.approx(131072 * 3.5e-6 + 3.5 * 34560 * 131072**2 / 4.25e14)
+    assert Lengths(parts=3).cost[32768] == pytest.approx(3 * lengths.cost[32768])
     lengths.measured(4096, 2 * lengths.cost[4096])
     for _ in range(5):
         lengths.next(0.5)

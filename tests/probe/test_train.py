@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import multiprocessing
+import os
+import socket
 
 import pytest
 import torch
 
+from macbench.errors import ConfigError
 from macbench.models import lora
-from macbench.probe import checkpoint, evaluate, train
+from macbench.probe import checkpoint, evaluate, regular, train
+from macbench.probe.group import Group
 from macbench.probe.mixture import Mixture, collate
 from macbench.probe.network import Probe
 from macbench.probe.schedule import learning_rate
@@ -16,6 +21,13 @@ from tests import real
 from tests.probe.made import background, prose, tiny_llama
 
 HEADER = lora.Header("0" * 64, 1e6, 131072, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def few_positions(monkeypatch):
+    """The distance from the base model is measured at fewer positions: a whole vocabulary at each takes most of the time."""
+    monkeypatch.setattr(regular, "LAST", 16)
+    monkeypatch.setattr(regular, "OTHERS", 16)
 
 
 def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:
@@ -40,9 +52,54 @@ def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:
     ]
     probe = Probe(tiny_llama(), HEADER.rope_theta, torch.float32, rank=4)
     torch.manual_seed(0)
-    stream = Stream(Mixture(real.chat(), background(folder), 0), workers=0)
-    train.train(probe, HEADER, stream, train.arguments(shared), out, started=0.0)
+    args = train.arguments(shared)
+    stream = Stream(Mixture(real.chat(), background(folder), 0), 0, train.parts(args.accumulate))
+    group = Group("cpu")
+    train.train(probe, HEADER, stream, group, args, out, started=0.0)
+    group.close()
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], probe
+
+
+def one_of_two(rank: int, port: int, *known) -> None:
+    """What torchrun does for a process, then ``steps``."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    steps(*known)
+
+
+def test_processes_share_a_step(tmp_path):
+    """Two processes take the steps of one that accumulates two parts, up to the order of sums, and these are not those of one part."""
+    flags = ("--steps", "2", "--rate", "0.01", "--longest", "512", "--step-tokens", "512")
+    alone, probe = steps(tmp_path, tmp_path / "alone", *flags, "--accumulate", "2")
+    half, _ = steps(tmp_path, tmp_path / "half", *flags)
+    assert [line["loss"] for line in half] != [line["loss"] for line in alone]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=one_of_two, args=(rank, port, tmp_path, tmp_path / "both", *flags)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    log = [json.loads(line) for line in (tmp_path / "both" / "log.jsonl").read_text().splitlines()]
+    for name in ("length", "rows", "rate"):
+        assert [line[name] for line in log] == [line[name] for line in alone]
+    for name in ("loss", "norm"):
+        assert [line[name] for line in log] == pytest.approx([line[name] for line in alone], rel=1e-4)
+    found = lora.read(tmp_path / "both" / "adapter.safetensors")[0]
+    for name, pair in probe.factors().items():
+        for got, wanted in zip(found[name], pair, strict=True):
+            assert (got - wanted).norm() <= 0.01 * wanted.norm() + 1e-9  # codes of 8 bits
+
+
+def test_parts_are_shared_evenly(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert list(train.parts(None)) == [1] and list(train.parts(4)) == [1, 3]
+    with pytest.raises(ConfigError, match="--accumulate=3: must be a positive multiple of the number of processes, 2"):
+        train.parts(3)
 
 
 def test_the_loss_falls_and_a_run_goes_on_exactly_where_it_stopped(tmp_path, capsys):

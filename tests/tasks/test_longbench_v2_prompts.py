@@ -15,7 +15,7 @@ def official(chat, prompt: str, most: int) -> tuple[str, list[int], bool]:
     """pred.py, then the chat endpoint: encode, keep both halves, decode, template, encode."""
     ids = chat.encode(prompt)
     if len(ids) > most:
-        prompt = chat.tokenizer.decode(ids[: most // 2] + ids[-(most // 2) :], skip_special_tokens=True)
+        prompt = chat.tokenizer.decode(ids[: most // 2] + ids[-most // 2 :], skip_special_tokens=True)
     return prompt, chat.encode(chat.head + prompt + chat.tail), len(ids) > most
 
 

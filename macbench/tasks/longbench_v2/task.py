@@ -28,7 +28,7 @@ class LongBenchV2:
     ``data_path``: folder with the official data.json, or such a file; None is the hub. ``data_sha256``: what the items must hash to.
     """
 
-    name, version = "longbench_v2", 1
+    name, version = "longbench_v2", 2
 
     def __init__(
         self,

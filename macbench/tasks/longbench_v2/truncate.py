@@ -1,10 +1,10 @@
 """Middle truncation as the official code does it, but with every context tokenised once and only as far as it is needed.
 
-Official (pred.py): encode the raw prompt; if it has more than ``most`` tokens, decode its first and last ``most // 2`` and send that text
-through the chat template, which encodes all of it again. For texts of millions of words most of that work is thrown away. Byte-level
-BPE tokenizers always cut at the places that `_CUT` describes. So here only the two ends of a context are encoded, once for all prompts
-about it, and everything is encoded in pieces, without offsets and by all threads. Where a tokenizer does not cut there (tried on
-`PROBE`), everything is done the official way: same tokens, more time.
+Official (pred.py): encode the raw prompt; if it has more than ``most`` tokens, decode its first ``most // 2`` and as many of its last as make
+``most`` (one more than the first if that is odd), and send that text through the chat template, which encodes all of it again. For
+texts of millions of words most of that work is thrown away. Byte-level BPE tokenizers always cut at the places that `_CUT` describes. So here
+only the two ends of a context are encoded, once for all prompts about it, and everything is encoded in pieces, without offsets and by all
+threads. Where a tokenizer does not cut there (tried on `PROBE`), everything is done the official way: same tokens, more time.
 """
 
 import re
@@ -82,8 +82,7 @@ class Truncator:
         ids = self.chat.encode(prompt)
         truncated = len(ids) > most
         if truncated:
-            half = most // 2
-            prompt = self.chat.decode(ids[:half] + ids[len(ids) - half :])
+            prompt = self.chat.decode(ids[: most // 2] + ids[-most // 2 :])
         return Cut(prompt, self.chat.encode(self.chat.render(prompt)), truncated)
 
     # -- the same from pieces -----------------------------------------------------------------------------------------
@@ -104,11 +103,11 @@ class Truncator:
         if ends.tail is None and len(opening) + len(ends.head) + len(closing) <= most:
             first, last = self._encode(self.chat.head + before).tolist(), self._encode(after + self.chat.tail).tolist()
             return Cut(before + body + after, self._with_bos([*first, *ends.head.tolist(), *last]), False)
-        half = most // 2
-        kept = [*opening, *ends.head[:half].tolist(), *([] if ends.tail is not None else closing)][:half]
+        first, last = most // 2, most - most // 2
+        kept = [*opening, *ends.head[:first].tolist(), *([] if ends.tail is not None else closing)][:first]
         tail = ends.head if ends.tail is None else ends.tail
-        rest = [*([] if ends.tail is not None else opening), *tail[-half:].tolist(), *closing]
-        text = self.chat.decode(kept + rest[len(rest) - half :])
+        rest = [*([] if ends.tail is not None else opening), *tail[-last:].tolist(), *closing]
+        text = self.chat.decode(kept + rest[-last:])
         return Cut(text, self._with_bos(self._encode(self.chat.render(text)).tolist()), True)
 
     def _with_bos(self, ids: list[int]) -> list[int]:

@@ -1,0 +1,121 @@
+"""Score of each method against the length of the context, by subtask; and full attention's scores as a table, for a model's card.
+
+One picture and two tables for every model and task with runs of one experiment at ``FEWEST`` contexts or more.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from analysis import style, table
+from analysis.fig1 import looks, swept
+from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
+from macbench import stats
+from macbench.summary import REFERENCE, WHOLE
+
+NAME = "contexts"
+TITLE = "Score against the length of the context"
+FEWEST = 3
+_COLUMNS = 4  # panels side by side
+_SCORED = {"ruler"}  # tasks whose subtasks are the same at every length
+
+
+def longest(records: Records) -> dict[tuple[str, str], dict[int, tuple[pd.DataFrame, Source]]]:
+    """For each task and model, by ctx: the sample rows of one run with full attention, a GPU's and the one with the most methods and rows."""
+    found: dict = {}
+    for run in records.runs:
+        try:
+            frame, source = records.samples(run), records.source(run)
+        except Missing:
+            continue  # other figures tell
+        first = frame.iloc[0]
+        if first.task not in _SCORED or REFERENCE not in set(frame.method) or swept(frame):
+            continue
+        frame = frame[frame.variant == ""]  # a budget's knob differs from length to length
+        rank = ("NVIDIA" in source.device, frame.method.nunique(), len(frame), source.facts.get("started", ""))
+        place = found.setdefault((first.task, first.model), {})
+        if first.ctx not in place or rank > place[first.ctx][0]:
+            place[int(first.ctx)] = (rank, frame, source)
+    found = {key: {ctx: kept[1:] for ctx, kept in sorted(by.items())} for key, by in found.items() if len(by) >= FEWEST}
+    if not found:
+        raise Missing(f"no model has runs of ruler with full attention at {FEWEST} contexts; python -m macbench.run compare=[full] ctx=8k makes one")
+    return found
+
+
+def numbers(runs: dict[int, tuple[pd.DataFrame, Source]]) -> pd.DataFrame:
+    """A row per method, subtask and ctx: examples, mean score, its standard error and 95% interval.
+
+    ``all`` is the mean over subtasks, where every one of them was run.
+    """
+    rows, every = [], {subtask for frame, _ in runs.values() for subtask in frame.subtask}
+    for ctx, (frame, _) in runs.items():
+        for method, mine in frame.groupby("method", sort=False):
+            parts = {subtask: part.score.to_numpy(float) for subtask, part in mine.groupby("subtask", sort=False)}
+            whole = [(WHOLE, list(parts.values()))] * (set(parts) == every)
+            for subtask, strata in [*whole, *((name, [x]) for name, x in parts.items())]:
+                low, high = stats.bootstrap_interval(strata, draws=2000)
+                row = {"method": method, "subtask": subtask, "ctx": ctx, "examples": sum(map(len, strata)), "score": stats.mean(strata)}
+                rows.append(row | {"se": stats.standard_error(strata), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def make(records: Records, out: Path) -> list[Drawn]:
+    drawn = []
+    for (task, model), runs in longest(records).items():
+        sources, found, name = [source for _, source in runs.values()], numbers(runs), f"{NAME}-{task}-{model}"
+        subtasks = [WHOLE, *(s for s in order(runs) if s in set(found.subtask))]
+        made = style.made(sources, f"{model}, {task}: {examples(found)} examples of each subtask at {', '.join(map(style.tokens, runs))}")
+        drawn.append(picture(found, subtasks, out, name, f"{TITLE}, {task}, {model}", f"{made} Bars: 95% bootstrap intervals."))
+        text = f"{made} ± one standard error."
+        card = shown(found[found.method == REFERENCE], "subtask", subtasks)
+        drawn.append(table.save(card, out, f"{name}-full", f"Full attention by subtask, {task}, {model}", text, ""))
+        methods = shown(found[found.subtask == WHOLE], "method", list(dict.fromkeys(found.method)))
+        drawn.append(table.save(methods, out, f"{name}-methods", f"Methods, mean over subtasks, {task}, {model}", text, ""))
+    return drawn
+
+
+def order(runs: dict[int, tuple[pd.DataFrame, Source]]) -> Iterator[str]:
+    """Subtasks as the protocol of the runs lists them."""
+    return iter(dict.fromkeys(s for _, source in runs.values() for s in source.facts["protocol"]["subtasks"]))
+
+
+def examples(found: pd.DataFrame) -> str:
+    """How many a subtask has, as a number or a range."""
+    counts = found[found.subtask != WHOLE].examples
+    return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+
+
+def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, title: str, caption: str) -> Drawn:
+    rows = math.ceil(len(subtasks) / _COLUMNS)
+    size = (style.WIDTH, 0.3 + 1.25 * rows)
+    figure, panels = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
+    styles, methods = looks(found), list(dict.fromkeys(found.method))
+    aside = {method: 1.06 ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}  # so that no bar hides another
+    for axes, subtask in zip(panels.flat, subtasks, strict=False):
+        for method, mine in found[found.subtask == subtask].groupby("method", sort=False):
+            style.line(axes, mine.ctx * aside[method], mine[["score", "low", "high"]].to_numpy(), label=method, **styles[method])
+        style.doubling(axes, sorted(found.ctx.unique()))
+        axes.set_title("mean over subtasks" if subtask == WHOLE else subtask)
+        axes.set_ylim(-0.05, 1.05)
+    for axes in panels.flat[len(subtasks) :]:
+        axes.set_visible(False)
+    for axes in panels.flat[max(len(subtasks) - _COLUMNS, 0) : len(subtasks)]:
+        axes.tick_params(labelbottom=True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("score")
+    return style.save(figure, out, name, title, caption, "", legend=panels.flat[0])
+
+
+def shown(found: pd.DataFrame, key: str, names: list[str]) -> pd.DataFrame:
+    """score ± standard error as text: a row per name, a column per ctx."""
+
+    def cell(row) -> str:
+        return f"{row.score:.2f}" if pd.isna(row.se) else f"{row.score:.2f} ± {row.se:.2f}"
+
+    cells = {(getattr(row, key), row.ctx): cell(row) for row in found.itertuples()}
+    lengths = sorted(found.ctx.unique())
+    return pd.DataFrame([{key: name} | {style.tokens(ctx): cells.get((name, ctx), table.MISSING) for ctx in lengths} for name in names])

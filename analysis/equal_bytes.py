@@ -1,0 +1,86 @@
+"""Methods at equal measured bytes: the tables of README.md and of docs/equal_bytes.md, from parquet.
+
+python -m analysis.equal_bytes [RUNS_DIR ...]          a row per method, a column per context and budget
+python -m analysis.equal_bytes --full [RUNS_DIR ...]   everything that a comparison measures, a table per context
+
+Without folders, from the reference runs of task=ruler. Both are Markdown.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.load import run_folders, samples
+from analysis.sanity import RUNS
+from analysis.table import markdown
+from macbench.summary import REFERENCE, headline, summarise
+
+FLOOR = "floor"  # a method that other budgets were found for cannot read so little
+
+
+def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
+    """By context length, a row per method and ``budget`` (text; '' of what runs as it is) over all subtasks: see ``summary.COLUMNS``."""
+    frame = pd.concat([samples(folder) for folder in folders], ignore_index=True)
+    frame = frame.assign(variant=frame.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
+    return {ctx: headline(summarise(part)) for ctx, part in frame.groupby("ctx")}
+
+
+def short(folders: list[Path]) -> str:
+    """Scores; below, those of methods that no budget was found for, with their ratios."""
+    found = {ctx: table.set_index(["method", "variant"]) for ctx, table in measured(folders).items()}
+    places = [(ctx, budget) for ctx, table in found.items() for budget in sorted({b for _, b in table.index if b}, key=float)]
+    everyone = list(dict.fromkeys(method for table in found.values() for method, _ in table.index))
+    fitted = [name for name in everyone if any((name, budget) in found[ctx].index for ctx, budget in places)]
+
+    def score(name: str, ctx: int, budget: str) -> float:
+        return found[ctx].score.get((name, budget), -1.0)
+
+    fitted.sort(key=lambda name: [-score(name, *place) for place in reversed(places[: len(places) // len(found)])])
+    cells = [[f"{s:.2f}" if (s := score(name, *place)) >= 0 else FLOOR for place in places] for name in fitted]
+    columns = ["method", *(f"{ctx // 1024}K, {budget}" for ctx, budget in places)]
+    lines = [markdown(pd.DataFrame([[name, *row] for name, row in zip(fitted, cells, strict=True)], columns=columns)), ""]
+    for name in (name for name in everyone if name not in fitted):
+        rows = {ctx: table.loc[(name, "")] for ctx, table in found.items() if (name, "") in table.index}
+        said = ", ".join(f"{row.score:.2f} at {ctx // 1024}K ({row.rho_bytes:.2f})" for ctx, row in rows.items())
+        lines.append(f"{name}: {said}" + ("" if name == REFERENCE else f"; next tokens {_shares(rows)}") + "  ")
+    return "\n".join(lines)
+
+
+def _shares(rows: dict) -> str:
+    return ", ".join(f"{100 * row.top1_agreement:.1f}%" if pd.notna(row.top1_agreement) else "-" for row in rows.values())
+
+
+def full(folders: list[Path]) -> str:
+    """Score with its interval against full attention, the three ratios, time per token and fidelity."""
+    names = ["method", "budget", "score", "vs full [95%]", "W/L/T", "n(1pt)", "rho_log", "rho_phys", "rho_bytes", "ms/token", "top1", "KL", "err"]
+    parts = []
+    for ctx, table in measured(folders).items():
+        rows = pd.DataFrame([_cells(row) for row in table.itertuples()], columns=names)
+        parts.append(f"## {ctx // 1024}K, {int(table.examples.max())} examples\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def _cells(row) -> list[str]:
+    against = pd.notna(row.difference)
+    bounds = f" [{row.difference_low:+.3f}, {row.difference_high:+.3f}]" if against and pd.notna(row.difference_low) else ""
+    numbers = [(row.rho_log, ".3f"), (row.rho_phys, ".3f"), (row.rho_bytes, ".3f"), (row.ms_per_token, ".2f")]
+    numbers += [(row.top1_agreement, ".3f"), (row.kl_mean, ".3f"), (row.output_error, ".3f")]
+    return [
+        *(row.method, row.variant, f"{row.score:.3f} ± {row.score_se:.3f}", f"{row.difference:+.3f}{bounds}" if against else "-"),
+        f"{row.wins:.0f}/{row.losses:.0f}/{row.ties:.0f}" if against else "-",
+        f"{row.examples_needed:.0f}" if pd.notna(row.examples_needed) else "-",
+        *(format(value, form) if pd.notna(value) else "-" for value, form in numbers),
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    roots = [a for a in arguments if a != "--full"] or [RUNS]
+    folders = run_folders(*roots)
+    if not folders:
+        sys.exit("analysis.equal_bytes: no runs below " + " ".join(map(str, roots)))
+    print((full if "--full" in arguments else short)(folders))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

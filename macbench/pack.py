@@ -1,0 +1,146 @@
+"""A finished run with one part per table, to be kept or sent: ``python -m macbench.pack TARGET RUN [RUN ...]``.
+
+RUN becomes TARGET/<task>/<model>/<ctx>/<name> and stays as it is. Rows are taken as they are. What is different:
+
+- one ``part-all.parquet`` per table; columns that the run's version of the code did not have yet are null
+- host and folders of the machine are left out: where data, weights and runs lay, DIR stands
+- the name follows from ``identity`` and ``protocol`` again, if a folder of the machine was part of it
+- ``summary.json`` is made anew from the rows, and ``asked.json`` if the run has none
+
+``environment.json`` lists under ``packed`` what of this was done. The result is then checked like any run (see ``verify.py``).
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from macbench import asked
+from macbench.environment import label
+from macbench.errors import FOREIGN, ConfigError, one_line
+from macbench.files import write_whole
+from macbench.merge import summary
+from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
+from macbench.verify import verify
+
+_PLACES = ("runs_dir", "task.data_path", "model.gguf", "model.adapter")
+_COPIED = ("tables.json", "judgements")
+
+
+def pack(run: Path, target: Path) -> Path:
+    """Returns the new folder. Raises a ConfigError for what cannot be packed."""
+    environment = _json(run / "environment.json")
+    config = OmegaConf.load(run / "config.yaml")
+    hide = _hider(config)
+    identity, protocol = environment.get("identity"), environment.get("protocol")
+    name, done = run.resolve().name, []
+    if identity is not None:
+        environment["identity"] = identity = identity | {"model": placeless(identity["model"])}
+        renamed = f"{name.rpartition('-')[0]}-{config_hash(identity | {'protocol': protocol})}"
+        if renamed != name:
+            done.append(f"was {name}: a folder of the machine was part of that name")
+            name = renamed
+    tables = {table: _table(run, table, done) for table in SCHEMAS}
+    stepped = set(tables["steps"]["method"].to_pylist())
+    if set(tables["samples"]["method"].to_pylist()) - stepped:
+        environment["steps_of"] = sorted(stepped)
+        done.append(f"had the steps of {', '.join(sorted(stepped))} alone")
+    into = target.joinpath(*run.resolve().parts[-4:-1], name)
+    if into.exists():
+        raise ConfigError("TARGET", into, "is there already")
+    directory = RunDirectory(into)
+    for table, data in tables.items():
+        data = data.set_column(data.schema.get_field_index("run_id"), "run_id", pa.array([name] * len(data), pa.string()))
+        facts = {key: value for key, value in json.loads((data.schema.metadata or {}).get(b"macbench", b"{}")).items() if key != "host"}
+        data = data.replace_schema_metadata({"macbench": hide(json.dumps(facts))})
+        path = into / table / f"{PACKED}.parquet"
+        write_whole(path, lambda file, data=data: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
+    if (run / asked.FILE).exists():
+        directory.write_text(asked.FILE, asked.read(run).text())
+    else:
+        done.append(f"had no {asked.FILE}: what was asked is what its rows answer")
+        directory.write_text(asked.FILE, asked.answered(tables["samples"].to_pandas()).text())
+    environment = {key: value for key, value in environment.items() if key != "host"} | {"packed": done or ["one part per table"]}
+    directory.write_text("environment.json", hide(json.dumps(environment, indent=1)) + "\n")
+    directory.write_text("config.yaml", hide(OmegaConf.to_yaml(config)))
+    for name in _COPIED:
+        if (run / name).is_dir():
+            shutil.copytree(run / name, into / name)
+        elif (run / name).exists():
+            shutil.copyfile(run / name, into / name)
+    summary(into)
+    return into
+
+
+def _hider(config):
+    """Replaces the places that a configuration names, wherever they turn up."""
+    named = {str(OmegaConf.select(config, key)) for key in _PLACES}
+    places = sorted((place for place in named if "/" in place and place.strip("./")), key=len, reverse=True)
+
+    def hide(text: str) -> str:
+        for place in places:
+            text = text.replace(place, "DIR")
+        return text
+
+    return hide
+
+
+def _table(run: Path, table: str, done: list[str]) -> pa.Table:
+    """All parts as one, in the schema of now; they must be the work of one version on one kind of machine."""
+    schema, parts, makers = SCHEMAS[table], [], set()
+    for path in sorted((run / table).glob("part-*.parquet")):
+        try:
+            data = pq.read_table(path, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError("RUN", path, f"cannot be read ({one_line(error)})") from None
+        foreign = [field.name for field in data.schema if field not in list(schema)]
+        if foreign:
+            raise ConfigError("RUN", path, f"has columns of another kind ({', '.join(foreign)})")
+        absent = [field.name for field in schema if field.name not in data.schema.names]
+        note = f"{table} had no {', '.join(absent)}"
+        if absent and note not in done:
+            done.append(note)
+        columns = [data[f.name] if f.name in data.schema.names else pa.nulls(len(data), f.type) for f in schema]
+        parts.append(pa.Table.from_arrays(columns, schema=schema))
+        metadata = (data.schema.metadata or {}).get(b"macbench")
+        makers.add(label(metadata))
+    if not parts:
+        raise ConfigError("RUN", run, f"has no {table}")
+    if len(makers) > 1:
+        raise ConfigError("RUN", run, f"was made by {len(makers)} versions or machines ({'; '.join(sorted(makers))}); only one can be packed")
+    return pa.concat_tables(parts).replace_schema_metadata({"macbench": metadata or b"{}"})
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text()) | {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("RUN", path.parent, f"is not a run folder ({one_line(error)})") from None
+
+
+def main() -> None:
+    run, wrong = None, 0
+    try:
+        folders = [Path(argument) for argument in sys.argv[1:]]
+        if len(folders) < 2:
+            raise ConfigError("RUN", "", "name a target and runs: python -m macbench.pack runs/reference runs/ruler/smollm2/4096/mac-1a2b3c4d")
+        for run in folders[1:]:
+            made = pack(run, folders[0])
+            found = verify(made)
+            wrong += len(found.wrong)
+            print(f"{run} -> {made}: {found.text()}", end="")
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FOREIGN as error:  # what somebody else's files can make of any reader
+        print(f"macbench: {run}: cannot be packed ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,12 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     frame = frame.assign(label=label, other_ms=other, speedup=frame.theirs.fillna(frame.slowest) / frame.tpot_p50_ms)
     # Cells with MAC at several hit rates; a single row compares with nothing.
     rows = frame.groupby(["ctx", "batch"]).label.transform("nunique")
-    return frame[rows >= 3].sort_values(["batch", "ctx"], kind="stable"), [sources[i] for i in frame.file.unique()]
+    frame = frame[rows >= 3].sort_values(["batch", "ctx"], kind="stable")
+    if frame.empty:
+        raise Missing(
+            "no context and batch has full attention and MAC at two hit rates; python -m macbench.run +experiment=fig7 scale=gpu measures it"
+        )
+    return frame, [sources[i] for i in frame.file.unique()]
 
 
 def make(records: Records, out: Path) -> list[Drawn]:

@@ -28,6 +28,7 @@ from analysis import (
 )
 from analysis.records import Missing, Records
 from analysis.style import Drawn
+from macbench.errors import one_line
 
 OUT = Path("figures")
 ITEMS = (fig1, fig2, fig4, fig5, fig6, fig7, fig8, table1, table2_3, table4, table5, table6, table7, chains, contexts, long_texts, methods, sweep)
@@ -42,6 +43,9 @@ def draw(records: Records, out: Path, items=ITEMS) -> list[Drawn]:
             drawn += item.make(records, out)
         except Missing as lack:
             drawn.append(Drawn(item.NAME, getattr(item, "TITLE", item.NAME), "", [], lack=str(lack)))
+        except (KeyError, ValueError, TypeError, IndexError) as error:  # records can be damaged in more ways than are known
+            lack = f"cannot be drawn from these records ({type(error).__name__}: {one_line(error)})"
+            drawn.append(Drawn(item.NAME, getattr(item, "TITLE", item.NAME), "", [], lack=lack))
     for i, line in enumerate(sorted(records.damaged)):
         drawn.append(Drawn(f"records-{i + 1}", "Records", "", [], lack=f"{line}; drawn without it"))
     return drawn

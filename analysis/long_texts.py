@@ -74,11 +74,14 @@ def _said(run: Path) -> str:
 
 def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """Quantiles of the latency of a step in ms, by run and method; a GPU's runs where there are any; variants of a grid or budget left out."""
-    sources = [records.source(run) for run in records.runs if any((run / "steps").glob("part-*.parquet"))]
-    sources = [s for s in sources if "NVIDIA" in s.device] or sources
-    rows, used = [], []
-    for source in sources:
-        steps = records.table(source.path, "steps", ["method", "variant", "latency_ms"])
+    found, rows, used = [], [], []
+    for run in records.runs:
+        try:
+            found.append((records.source(run), records.table(run, "steps", ["method", "variant", "latency_ms"])))
+        except Missing as lack:
+            records.damaged.add(str(lack))
+    found = [pair for pair in found if "NVIDIA" in pair[0].device] or found
+    for source, steps in found:
         for method, part in steps[steps.variant == ""].groupby("method"):
             quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
             rows.append({"run": _said(source.path), "method": method, "n": len(part), **quantiles})

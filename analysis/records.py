@@ -104,14 +104,23 @@ class Records:
     @cached_property
     def runs(self) -> list[Path]:
         """Folders of accuracy runs."""
-        return run_folders(*self.roots)
+        found = run_folders(*self.roots)
+        known = set(found)
+        for folder in dict.fromkeys(p.parent.parent.resolve() for p in self._files("samples/part-*.parquet")):
+            if folder not in known:
+                self.damaged.add(f"{folder} has samples and no summary.json: the run is not finished, or the file is missing")
+        return found
 
     @cached_property
     def trace(self) -> Source:
         """The folder of a trace."""
-        made = [(folder, facts(folder / "texts.parquet")) for folder in {p.parent for p in self._files("trace/**/*.parquet")}]
-        if not made:
+        files = self._files("trace/**/*.parquet")
+        if not files:
             raise Missing("no trace; python -m macbench.run +experiment=fig2 scale=cpu makes one")
+        # Every table says how it was made; one of them may be missing or damaged.
+        made = [(path.parent, known) for path in files if {"model", "dtype", "method"} <= set(known := facts(path))]
+        if not made:
+            raise Missing(f"{files[0].parent}: no table has the metadata of macbench, which says how it was made")
         return Source(*max(made, key=lambda m: ("NVIDIA" in m[1].get("device", ""), m[1].get("started", ""), str(m[0]))))
 
     def traced(self, table: str, columns: Iterable[str]) -> pd.DataFrame:

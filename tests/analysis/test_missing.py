@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import fig1, fig2, fig4, fig6, fig8, figures, page, table4, table7
+from analysis import fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, table4, table7
 from analysis.records import Records
 from macbench import report
 from macbench.errors import ConfigError
@@ -68,6 +68,37 @@ def test_a_whole_run(runs):
     shutil.rmtree(runs / "ruler")
     lacks = drawn(runs, fig1, fig6, fig8, table4, fig2)
     assert "+experiment=fig1" in lacks["fig1"] and "task=attention" in lacks["fig6"] and "Qwen3-30B-A3B" in lacks["table4"] and lacks["fig2"] == ""
+
+
+def test_what_says_how_a_trace_was_made(runs):
+    """Any table of it will do; without one there is a line, and the rest is drawn."""
+    folder = runs / "trace/smollm2/8192/trace-1"
+    text = folder / "texts.parquet"
+    pq.write_table(pq.read_table(text).replace_schema_metadata({}), text)
+    assert drawn(runs, fig2)["fig2"] == ""
+    for path in folder.glob("*.parquet"):
+        pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
+    lacks = drawn(runs, fig2, table7)
+    assert "trace-1: no table has the metadata" in lacks["fig2"] and lacks["table7"] == ""
+
+
+def test_a_file_of_a_run(runs):
+    run = next((runs / "ruler").rglob("summary.json")).parent
+    shutil.rmtree(run / "steps")
+    lacks = drawn(runs, long_texts, fig1)
+    assert "steps has no parts" in lacks["long_texts"] and lacks["fig1"] == ""
+    (run / "summary.json").unlink()
+    lacks = drawn(runs, fig1, table7)
+    assert "has samples and no summary.json" in lacks["records"] and lacks["table7"] == ""
+
+
+def test_one_figure_that_fails_does_not_stop_the_others(runs, monkeypatch):
+    def fail(records, out):
+        raise KeyError("tau")
+
+    monkeypatch.setattr(fig4, "make", fail)
+    lacks = drawn(runs, fig4, table7)
+    assert "cannot be drawn from these records (KeyError: 'tau')" in lacks["fig4"] and lacks["table7"] == ""
 
 
 def test_the_command(tmp_path, capsys):

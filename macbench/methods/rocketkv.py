@@ -71,7 +71,8 @@ class RocketKV(Method):
     per chosen token; the bounds of one chunk written. That is about b rows in all: the budget is traffic, not attended tokens.
     Votes belong to prefill and are not counted. S is the run's context, not that of a request, so that shapes stay the same.
 
-    A step takes longer than its bytes: scores of all chunks pass through a softmax and a sort, which its bytes do not pay for.
+    A step takes longer than its bytes: between its two reads the scores of all chunks pass through a softmax and a search for the best, one
+    program per KV head each, in launches that wait for one another. Its bytes pay for none of that.
     """
 
     budget: int = 1024

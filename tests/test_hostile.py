@@ -369,9 +369,7 @@ def test_a_run_folder_cannot_name_code(tmp_path):
 BOMB = "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]" for i in range(12)])
 
 
-@pytest.mark.parametrize(
-    "text", [BOMB, "a: ${oc.env:HOME}", "a: b\n" * 100_000, "[" * 60_000, "{a: " * 900, "- 1", "\0", "task: 1"]
-)
+@pytest.mark.parametrize("text", [BOMB, "a: ${oc.env:HOME}", "a: b\n" * 100_000, "[" * 60_000, "{a: " * 900, "- 1", "\0", "task: 1"])
 def test_configurations_of_run_folders(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with within(), pytest.raises(ConfigError, match="is not a run folder") as caught:

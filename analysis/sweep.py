@@ -76,6 +76,8 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
     half = ((table.difference_high - table.difference_low) / 2).max()
     spread = "One example per subtask gives no interval." if np.isnan(half) else f"Paired 95% intervals of the differences reach up to ±{half:.3f}."
     task, model, ctx = run.parts[-4:-1]
+    full = records.headline(run).query("method == 'full'").score
     what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples per variant"
+    what += f"; full attention scores {full.iloc[0]:.3f}" if len(full) else ""
     text = f"{style.made([records.source(run)], what)} {spread}"
     return style.save(figure, out, f"{NAME}-{task}-{model}-{ctx}-{run.name}", TITLE, text, "")

@@ -189,8 +189,13 @@ def held(run: Path) -> dict[str, Path]:
     """Part by part, the newest lease that there is, dead or alive."""
     found: dict[str, tuple[int, Path]] = {}
     folder = run / "leases"
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := re.fullmatch(r"(part-\w+)\.(\d+)", path.name):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # nobody works on the run, or no longer
+        names = []
+    for name in names:
+        if match := re.fullmatch(r"(part-\w+)\.(\d+)", name):
+            path = folder / name
             found[match[1]] = max(found.get(match[1], (-1, path)), (int(match[2]), path))
     return {part: path for part, (_, path) in found.items()}
 

@@ -9,6 +9,7 @@ exact states of the last queries, where an uninterrupted run would hold amended 
 sample row says so: ``meta.resumed_at`` lists the token counts at which a generation was taken up.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -47,7 +48,9 @@ class Partial:
             "setup": np.array(generation.setup_seconds if not self._steps else 0.0),
             "reason": np.array(generation.finish_reason),
         } | {name: generation.counts[name][new] for name in COUNTS}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        while not self.folder.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder above
+                self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / f"part-{self._parts:05}.npz", lambda file: np.savez_compressed(file, **arrays))
         self._parts, self._tokens, self._steps = self._parts + 1, len(generation.tokens), len(generation.step_seconds)
 
@@ -92,9 +95,8 @@ def example_folder(run: Path, example: Example) -> Path:
 def clear(run: Path, example: Example) -> None:
     """Forget the parts of an example whose rows are recorded."""
     shutil.rmtree(example_folder(run, example), ignore_errors=True)
-    folder = run / "partial"
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    with contextlib.suppress(OSError):  # others' parts are in it, or another process was faster
+        (run / "partial").rmdir()
 
 
 def _rest(generation: Generation) -> tuple:

@@ -181,10 +181,13 @@ class RunDirectory:
         self._whole(files)
 
     def _whole(self, files: list[tuple[Path, bytes | memoryview]]) -> None:
-        try:
-            write_in_order([(target, lambda file, content=content: file.write(content)) for target, content in files])
-        except OSError as error:
-            raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
+        whole = [(target, lambda file, content=content: file.write(content)) for target, content in files]
+        for last in (False, False, True):
+            try:
+                return write_in_order(whole)
+            except OSError as error:
+                if last or not isinstance(error, FileNotFoundError):  # that one: another process ``tidied`` while this one wrote
+                    raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
 
     def done(self, retry_failed: bool = False) -> set[tuple[str, str, str, str]]:
         """Keys (method, variant, subtask, example_id) of the examples that are recorded; ``retry_failed``: without an error."""
@@ -192,7 +195,7 @@ class RunDirectory:
         return set(frame[frame.error.isna() | (not retry_failed)][KEY].itertuples(index=False, name=None))
 
     def tidy(self) -> None:
-        """Remove what killed writers left of a part; nobody else may be writing."""
+        """Remove what killed writers left of a file. Who is writing one just now writes it again."""
         for folder in (self.path, *(self.path / table for table in SCHEMAS)):
             for scratch in folder.glob(SCRATCH + "*"):
                 scratch.unlink(missing_ok=True)

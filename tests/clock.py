@@ -23,7 +23,7 @@ EXAMPLES = 24
 
 
 def start(args: list[str], faked: Path, when: str) -> subprocess.Popen:
-    """A run whose clock reads its offset from a file, ten times a second; monotonic clocks are left as they are."""
+    """A run whose clock reads its offset from a file once a second; monotonic clocks are left as they are."""
     faked.write_text(when)
     (library,) = [path for path in Path("/usr/lib").rglob("libfaketime.so.1")][:1]
     env = os.environ | {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(faked), "FAKETIME_CACHE_DURATION": "1"}

@@ -14,8 +14,9 @@ import torch
 from macbench import generate
 from macbench import run as run_module
 from macbench.engine import Engine
+from macbench.errors import ConfigError
 from macbench.leases import Leases
-from macbench.records import KEY, SCHEMAS, part_name
+from macbench.records import KEY, SCHEMAS, RunDirectory, part_name
 from tests import kills
 from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
 
@@ -115,6 +116,24 @@ def test_a_worker_that_dies_after_the_last_example_leaves_nothing(macbench, tiny
     assert macbench(*args)[0] == 0 and (run / "leases").exists() and (run / "samples" / ".writing-part").exists()
     os.close(dead._file)  # the kernel lets go of a dead process's lock
     assert macbench(*args)[0] == 0 and not (run / "leases").exists() and not (run / "samples" / ".writing-part").exists()
+
+
+def test_who_writes_while_another_process_tidies_writes_again(tmp_path, monkeypatch):
+    """The last worker clears away scratch files while another one still writes its summary."""
+    mine, other, fsync, times = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run"), os.fsync, []
+
+    def tidied(file):
+        times.append(file)
+        if len(times) < 3:
+            other.tidy()
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", tidied)
+    mine.write_text("summary.json", "[]")
+    assert len(times) == 3 and (tmp_path / "run" / "summary.json").read_text() == "[]"
+    monkeypatch.setattr(os, "fsync", lambda file: other.tidy())
+    with pytest.raises(ConfigError, match="cannot be written"):
+        mine.write_text("summary.json", "[]")
 
 
 def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811

@@ -13,6 +13,8 @@ from macbench.models.weights import folder_or_id
 # What transformers reads of a folder besides weights: configurations, tokenizer, chat template.
 _DESCRIPTION = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "vocab.txt", "merges.txt")
 
+_LARGE = 64 << 20  # bytes; hashing less takes no longer than looking it up is worth
+
 
 def hashes(spec) -> dict[str, str | None]:
     """Of a ``conf/model`` node, over names and contents of files: ``weights_sha256`` (safetensors) and ``model_sha256`` (configuration,
@@ -53,6 +55,8 @@ def _sha256(path: Path) -> str:
     if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
         return path.resolve().name  # the hub's cache names files by their hash
     stat = path.stat()
+    if stat.st_size < _LARGE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     known = cache_root() / "hashes" / hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
     if known.is_file():
         return known.read_text()

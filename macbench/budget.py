@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from macbench import cli
 from macbench.counting import Shape
 from macbench.errors import ConfigError
-from macbench.methods.base import Method
+from macbench.methods.base import Method, label
 from macbench.settings import Variant, budgets
 from macbench.summary import headline
 from macbench.tasks.base import Task, count
@@ -61,8 +61,9 @@ def fit(cfg: DictConfig, variants: list[Variant], tokens: int, shape: Shape, gen
             try:
                 own.append(_at(variant, budget, tokens, shape, generated))
             except ConfigError as error:
-                said = error.allowed.removeprefix(variant.name).lstrip()
-                floors.append(f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} {said}")
+                said = error.allowed.removeprefix(variant.name).lstrip().replace(f" for {label(variant.method)}", "", 1)  # it is named in front
+                name = f"{variant.name}{f' at {budget:g}' if len(budgets(cfg)) > 1 else ''} "
+                floors.append(said if f"apply to {label(variant.method)}" in said else name + said)
         if not own and variant.name == cfg.method.name:
             raise ConfigError("budget", cfg.budget, "; ".join(floors))
         notes += [f"budget={cfg.budget}: {floor}{'' if own else '; it runs as it is'}" for floor in floors]

@@ -13,6 +13,7 @@ Definitions (per request, decode step and layer; L visible tokens, the current o
   rho_bytes = sum (kv + meta + state + idx) / sum Hkv*L*2*d*2: ratios of sums over steps and layers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ class Ledger:
     """Collects the reads of a batch of generations that decode in step.
 
     A step is ``begin_step`` (host), any number of reports per layer (device; they only keep references), and ``end_step`` (device: two small
-    launches per kind of report, for all layers at once). Sums are made on the host, once per some hundred steps. Reports and ``end_step``
+    launches for all reports of a dtype and all layers). Sums are made on the host, once per some hundred steps. Reports and ``end_step``
     never synchronise with the host and use the same memory in every step, so that a CUDA graph may capture them; a replay is then
     ``begin_step`` and the replay. Every step must report the same things in the same order.
     """
@@ -106,6 +107,7 @@ class Ledger:
         self._reports: dict[tuple, dict[int, torch.Tensor]] = {}
         self._reporting: dict[tuple, tuple[int, ...]] = {}  # layers by report, the same in every step
         self._windows: dict[tuple, torch.Tensor] = {}
+        self._places: dict[tuple, tuple] = {}  # by report: window, first column, layers that are kept, shape of each
         self._at = torch.zeros(1, dtype=torch.int64, device=shape.device)
         self._size = _WINDOW
         self.reset()
@@ -178,15 +180,20 @@ class Ledger:
 
     def end_step(self) -> None:
         """Close the accounts of the step: what was reported goes into windows as it is, all layers at once. Device work only."""
+        plain: dict[torch.dtype, list[tuple[tuple, list[torch.Tensor]]]] = {}
         for key, found in self._reports.items():
             values, layers = list(found.values()), tuple(found)
             if key[0] == "selected":  # lists of ids are long: what they amount to is kept instead
                 for name, amount in self._selection(key, values).items():
-                    self._keep((*key, name), layers, amount)
-            elif isinstance(values[0], torch.Tensor):
-                self._keep(key, layers, torch.stack(values))
-            else:
-                self._reporting[key] = layers
+                    self._reporting[(*key, name)] = layers
+                    plain.setdefault(amount.dtype, []).append(((*key, name), [*amount]))
+                continue
+            self._reporting[key] = layers
+            if isinstance(values[0], torch.Tensor):
+                once = all(value is values[0] for value in values)  # the same for all layers
+                plain.setdefault(values[0].dtype, []).append((key, values[:1] if once else values))
+        for dtype, reports in plain.items():
+            self._keep((dtype, *((key, len(values)) for key, values in reports)), reports)
         self._at += 1
         self._reports.clear()
 
@@ -233,13 +240,25 @@ class Ledger:
         rows = (touched * (held[:, None] - first).clamp(0, size)[:, None]).sum((1, 2))
         return (rows + heads * lengths.long()) // 2 if all_keys else rows
 
-    def _keep(self, key: tuple, layers: tuple[int, ...], stacked: torch.Tensor) -> None:
-        """``stacked`` [reporting layers, ...] into the window of its report."""
-        self._reporting[key] = layers
-        if key not in self._windows:
-            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, stacked.nbytes)))
-            self._windows[key] = torch.zeros(self._size, *stacked.shape, dtype=stacked.dtype, device=stacked.device)
-        self._windows[key].index_copy_(0, self._at, stacked[None])
+    def _keep(self, window: tuple, reports: list[tuple[tuple, list[torch.Tensor]]]) -> None:
+        """Reports of one dtype, with the values of each of their layers, as a row of one window."""
+        row = torch.cat([value.reshape(-1) for _, values in reports for value in values])
+        if window not in self._windows:
+            self._size = max(1, min(self._size, _WINDOW_BYTES // max(1, row.nbytes)))
+            self._windows[window] = torch.zeros(self._size, len(row), dtype=row.dtype, device=row.device)
+        first = 0
+        for key, values in reports:
+            self._places[key] = (window, first, len(values), tuple(values[0].shape))
+            first += len(values) * values[0].numel()
+        self._windows[window].index_copy_(0, self._at, row[None])
+
+    def _kept(self, key: tuple, steps: int) -> np.ndarray | None:
+        """[steps, reporting layers, ...] of a report of tensors, from the device."""
+        if key not in self._places:
+            return None
+        window, first, count, shape = self._places[key]
+        columns = self._windows[window][:steps, first : first + count * math.prod(shape)].cpu().numpy()
+        return np.broadcast_to(columns.reshape(steps, count, *shape), (steps, len(self._reporting[key]), *shape))
 
     def _flush(self) -> None:
         s, steps = self.shape, self._steps
@@ -251,7 +270,7 @@ class Ledger:
         sums = {name: np.zeros(size, np.int64) for name in (*CATEGORIES, *others)}
         for key, layers in self._reporting.items():
             kind, here = key[0], (slice(None), list(layers))
-            values = self._windows[key][:steps].cpu().numpy() if key in self._windows else None  # [steps, reporting layers, ...]
+            values = self._kept(key, steps)
             if kind == "bytes":
                 _, category, _, per, units = key
                 sums[category][here] += per * (units if values is None else _per_request(values))

@@ -25,6 +25,7 @@ from macbench.errors import FOREIGN, ConfigError, one_line
 from macbench.files import write_whole
 from macbench.merge import summary
 from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
+from macbench.untrusted import configuration
 from macbench.verify import verify
 
 _PLACES = ("runs_dir", "task.data_path", "model.gguf", "model.adapter")
@@ -34,7 +35,7 @@ _COPIED = ("tables.json", "judgements")
 def pack(run: Path, target: Path) -> Path:
     """Returns the new folder. Raises a ConfigError for what cannot be packed."""
     environment = _json(run / "environment.json")
-    config = OmegaConf.load(run / "config.yaml")
+    config = configuration(run)
     hide = _hider(config)
     identity, protocol = environment.get("identity"), environment.get("protocol")
     name, done = run.resolve().name, []

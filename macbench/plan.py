@@ -1,5 +1,6 @@
 """What a configuration would measure: its cells, which of them are there already, and a forecast of time and disk from measured rates."""
 
+import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -8,8 +9,9 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from macbench import cli
-from macbench.errors import ConfigError
+from macbench.errors import FOREIGN, ConfigError
 from macbench.records import KEY, read_table
+from macbench.untrusted import configuration
 
 _SHOWN = 12  # lines of cells
 
@@ -121,11 +123,15 @@ def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
             facts = folder / "environment.json"
             if folder.parent.parent.name != model_name(cfg) or cfg.task.name not in folder.parts[-4] or not facts.exists():
                 continue
-            if not OmegaConf.load(facts).device.startswith(wanted):
+            try:
+                there = str(json.loads(facts.read_text())["device"])
+                batch = configuration(folder).get("batch") or 1
+            except (ConfigError, *FOREIGN):
+                continue
+            if not there.startswith(wanted):
                 continue
             frame = read_table(folder, "samples", ["prefill_s", "decode_s", "error", "ctx"])
             frame = frame[frame.error.isna()]
-            batch = OmegaConf.load(folder / "config.yaml").get("batch") or 1 if (folder / "config.yaml").exists() else 1
             variants = max(1, read_table(folder, "samples", ["method", "variant"]).drop_duplicates().shape[0])
             size = sum(p.stat().st_size for p in folder.glob("*/*.parquet")) / max(1, len(frame))
             if len(frame):

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
 
 from macbench import environment, settings
 from macbench import run as runner
@@ -14,6 +13,7 @@ from macbench.errors import ConfigError
 from macbench.generate import answers
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import load
+from macbench.untrusted import configuration
 
 # Of a sample row; times differ, and ratios follow from counts.
 _SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decode_steps", *TOTALS)
@@ -21,7 +21,7 @@ _SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decod
 
 def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice: random.Random, device: str, found) -> None:
     """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
-    cfg = OmegaConf.load(run / "config.yaml")
+    cfg = configuration(run)
     settings.own_classes_only(cfg)
     cfg.device = device
     plan = runner.prepare(cfg)

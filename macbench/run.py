@@ -44,6 +44,8 @@ OUTPUT_KEYS = ("runs_dir", "limit", "shard", "retry", "logger", "device", "judge
 LOCATION_KEYS = ("data_path", "data_sha256")
 # Generated tokens per row of the table that shows drift over long generations.
 DRIFT_WINDOW = 1000
+# Limits by subtask that the protocol's line names one by one.
+_FEW = 4
 
 
 def run(cfg: DictConfig) -> int:
@@ -381,9 +383,15 @@ def protocol_card(facts: dict) -> str:
     """One line of what a reader must know to repeat the numbers; environment.json has all of it."""
 
     def short(value: object) -> str:
+        if isinstance(value, dict):  # limits, by subtask
+            few = len(value) <= _FEW
+            return ", ".join(f"{n} ({name})" for name, n in value.items()) if few else f"{min(value.values())} to {max(value.values())}"
         return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)
 
-    return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if not isinstance(value, dict | list))
+    def brief(value: object) -> bool:
+        return bool(value) and all(isinstance(n, int) for n in value.values()) if isinstance(value, dict) else not isinstance(value, list)
+
+    return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 
 
 def _guarded(cfg: DictConfig) -> None:

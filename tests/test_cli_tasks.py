@@ -41,7 +41,8 @@ def test_longbench_v2(macbench, base, tmp_path):  # noqa: F811
     args = [*base, *MAC, "task=longbench_v2", "task.subtasks=[zero_shot,no_context]", f"task.data_path={folder}", "ctx=700"]
     code, out, err = macbench(*args, "limit=2")
     assert code == 0, err
-    assert "protocol: task longbench_v2, version 2" in err and "chance 25" in out and "always" in out
+    assert "protocol: task longbench_v2, version 2" in err and "max_new_tokens 128 (zero_shot), 128 (no_context)" in err
+    assert "chance 25" in out and "always" in out
     frame = samples(tmp_path)
     assert len(frame) == 8 and (frame.prompt_tokens + 128 <= 700).all()
     meta = json.loads(frame.meta[0])

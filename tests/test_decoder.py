@@ -15,7 +15,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # No token comes twice within 97: in the first layer equal tokens have equal queries, and rounding would choose among equally near ones.
 TEXTS = [torch.randperm(97, generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (70, 40, 95, 9, 60)]
 PROMPTS = [text[:n] for text, n in zip(TEXTS, (70, 40, 95, 9, 60), strict=True)]
-METHODS = {"full": Full, "mac": lambda: MAC(min_context=0, window=32, band=8, tau=0.6)}
+METHODS = {"full": Full, "mac": lambda: MAC(min_context=0, window=32, band=8, tau=1.0)}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -44,7 +44,8 @@ def test_captured_and_batched_steps_give_the_same(network, name):
     """On a CPU nothing is captured; there the second way shows that an engine keeps no trace of what it decoded before."""
     want = generations(network, METHODS[name](), [[0], [1], [2], [3], [4]], graph=False)
     assert [len(tokens) for _, tokens in want] == [23, 24, 25, 26, 27] and len(set(want[0][1])) > 5
-    assert name == "full" or sum(counts["hits"].sum() for counts, _ in want) > 0
+    hits, tried = (sum(counts[key].sum() for counts, _ in want) for key in ("hits", "match_heads"))
+    assert name == "full" or 0.1 < hits / tried < 0.99
     for groups, graph in (([[i] for i in range(5)], True), ([[0, 1, 2], [3, 4]], True), ([[0, 1, 2], [3, 4]], False)):
         for (counts, tokens), (expected, said) in zip(generations(network, METHODS[name](), groups, graph), want, strict=True):
             assert tokens == said

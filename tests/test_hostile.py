@@ -29,6 +29,7 @@ from macbench.regenerate import regenerate
 from macbench.tasks.base import Example
 from macbench.tasks.longbench_v2 import data as longbench
 from macbench.tasks.longgenbench import data as longgenbench
+from macbench.tasks.recorded import task_class
 from macbench.tasks.ruler.data import Data
 from tests.tasks import longbench_v2_data, longgenbench_data
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
@@ -154,6 +155,25 @@ def test_a_tensor_larger_than_its_file(model):
     refused(model)
     (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + bytes(1 << 20))
     refused(model)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+        ("{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}", "MemoryError"),
+        ("{{ 'a' * 99999 }}{{ messages[0].content }}", "characters"),
+        ("{{ 'system prompt' }}", "leaves out what the user says"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ raise_exception('not\nme') }}", "not"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ],
+)
+def test_chat_templates_end(model, monkeypatch, template, said):
+    """Loops in loops, texts that double, and what a sandbox forbids."""
+    monkeypatch.setattr("macbench.models.template._SECONDS", 1)
+    (model / "chat_template.jinja").write_text(template)
+    assert said in refused(model)
 
 
 @given(st.data())
@@ -344,6 +364,17 @@ def test_a_run_folder_cannot_name_code(tmp_path):
     (tmp_path / "environment.json").write_text("{}")
     with pytest.raises(ConfigError, match="is no task of macbench"):
         report.recomputed(tmp_path)
+
+
+BOMB = "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]" for i in range(12)])
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: ${oc.env:HOME}", "a: b\n" * 100_000, "[" * 60_000, "{a: " * 900, "- 1", "\0", "task: 1"])
+def test_configurations_of_run_folders(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with within(), pytest.raises(ConfigError, match="is not a run folder") as caught:
+        task_class(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @given(content=st.binary(max_size=300), cut=st.integers(0, 600))

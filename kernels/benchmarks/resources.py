@@ -25,11 +25,13 @@ from macbench_kernels import (
     Ring,
     Scheme,
     triton_attend,
+    triton_channels,
     triton_common,
     triton_mac,
     triton_match,
     triton_quantised,
     triton_scores,
+    triton_select,
     triton_selected,
     triton_summaries,
 )
@@ -85,6 +87,12 @@ def peers(q: torch.Tensor, cache: PagedKVCache, ring: Ring):
         triton_quantised.attend_quantised(q, cache, 0, k, v, stop, stop, 1.0)
 
     yield lambda: triton_selected.attend_selected(q, cache, 0, ids, counts, 1.0, scores=scores)
+    yield lambda: triton_channels.strong_channels(q, kv_heads, dim // 2, True)
+    yield lambda: triton_channels.mean_probability(scores[:, None], stop[None], 3)
+    for n in (11008, 41600):
+        long = torch.zeros(1, kv_heads, n)
+        yield lambda long=long: triton_channels.top_tokens(long, stop[None], counts, 3, 6500, True, ids, stop[None])
+        yield lambda long=long: triton_select.top(long, 400, torch.ones((), dtype=torch.bool), False)
     yield lambda: triton_scores.least_attended(scores, lse, ids, counts, stop, 5, counts.long(), scores[:, :kv_heads].contiguous())
     yield lambda: triton_scores.column_sums(q[:, :, None].repeat(1, 1, 64, 1), cache, 0, 64, lse[..., None].repeat(1, 1, 64), 1.0)
     for bits in (2, 4, 8):
@@ -148,6 +156,8 @@ if __name__ == "__main__":
         mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
         mock.patch.object(triton_quantised, "INTERPRETED", False),
         mock.patch.object(triton_quantised, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_channels, "dependent_launch", lambda device: True),
+        mock.patch.object(triton_select, "dependent_launch", lambda device: True),
         mock.patch.object(triton_selected, "dependent_launch", lambda device: True),
         mock.patch.object(triton_summaries, "dependent_launch", lambda device: True),
     ):

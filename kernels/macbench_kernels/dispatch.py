@@ -23,7 +23,7 @@ class Kernels:
     and scores of all tokens.
     ``attend_quantised``: over dequantised keys and values. ``quantise_rows``: quantise a new row in place.
     ``column_sums``: attention that tokens get from prompt queries. ``least_attended``: which selected token got least in a step.
-    ``top``: the best of many scores.
+    ``top``: the best of many scores. ``strong_channels``, ``mean_probability``, ``top_tokens``: of bounds of chunks, see channels.
     ``plan(cache, heads, scale)``: what a backend's ``full`` wants done on the host before a step. ``captures``: whether a CUDA graph may
     capture its calls.
     """
@@ -44,13 +44,16 @@ class Kernels:
     column_sums: Callable
     least_attended: Callable
     top: Callable
+    strong_channels: Callable
+    mean_probability: Callable
+    top_tokens: Callable
     plan: Callable | None = None
     captures: bool = True
 
 
 def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernels:
     """The kernels of a backend; ``auto`` is triton on a GPU and torch elsewhere."""
-    from macbench_kernels import prefill, quantised, scores, select, summaries, torch_backend
+    from macbench_kernels import channels, prefill, quantised, scores, select, summaries, torch_backend
     from macbench_kernels.mac import compose
 
     kind = torch.device(device).type
@@ -75,6 +78,9 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
             column_sums=scores.column_sums,
             least_attended=scores.least_attended,
             top=select.top,
+            strong_channels=channels.strong_channels,
+            mean_probability=channels.mean_probability,
+            top_tokens=channels.top_tokens,
             captures=False,
         )
     if backend == "flashinfer":
@@ -90,6 +96,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
     try:
         from macbench_kernels import (
             triton_attend,
+            triton_channels,
             triton_mac,
             triton_match,
             triton_quantised,
@@ -117,4 +124,7 @@ def kernels(backend: str = "auto", device: str | torch.device = "cpu") -> Kernel
         column_sums=triton_scores.column_sums,
         least_attended=triton_scores.least_attended,
         top=triton_select.top,
+        strong_channels=triton_channels.strong_channels,
+        mean_probability=triton_channels.mean_probability,
+        top_tokens=triton_channels.top_tokens,
     )

@@ -21,6 +21,7 @@ _PROLOGUE_ELEMENTS = 4096
 _MANY_UNITS, _VERY_MANY_UNITS = 32, 256
 # Tiles from which on a share keeps a multiprocessor busy without another program beside it.
 _LONG = int(os.environ.get("MACBENCH_TMP_LONG", "16"))  # temporary: for comparison on a GPU
+_FEW = int(os.environ.get("MACBENCH_TMP_FEW", "0"))  # temporary: for comparison on a GPU
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -266,7 +267,7 @@ def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
     stages, occupancy = (5, 1) if sides == 1 else (3, 3) if _MANY_UNITS <= units < _VERY_MANY_UNITS else (5, 2)
     if dim > 128:
         stages, occupancy = 3, 1
-    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy, "few": max(1, occupancy - 1), "long": _LONG}
+    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy, "few": min(occupancy, _FEW or max(1, occupancy - 1)), "long": _LONG}
 
 
 class Pieces:

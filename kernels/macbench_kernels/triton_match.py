@@ -34,23 +34,25 @@ def _scan(
     """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
-    # Positions and ring were written at least two launches ago: a tile of the ring is on its way while the predecessor makes the query.
-    if not AHEAD:
-        follow(EARLY)
-    position = tl.load(position_ptr + row // heads) + shift
-    rows = tl.where(position + 1 >= min_context, tl.minimum(tl.maximum(position, 0), capacity), 0)
     base = row.to(tl.int64) * capacity
     begin = split * share
-    end = tl.minimum(begin + share, rows)
     slot = begin + tl.arange(0, BLOCK)
-    tile = _rows(ring_ptr, base, slot, end, channel, dim, DIM)
+    # The ring was written a step ago: a tile of it is on its way while the predecessor makes the query. A position may be the predecessor's work,
+    # too, so that what is read here is a guess; rows beyond it are fetched below, of which there are hardly ever any.
+    early = begin
     if AHEAD:
-        follow(EARLY)
+        early = tl.minimum(begin + share, _scannable(tl.load(position_ptr + row // heads) + shift, min_context, capacity))
+    tile = _rows(ring_ptr, base, slot, begin, early, channel, dim, DIM)
+    follow(EARLY)
+    position = tl.load(position_ptr + row // heads, volatile=True) + shift
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    rows = _scannable(position, min_context, capacity)
+    end = tl.minimum(begin + share, rows)
+    tile = tl.where((slot < early)[:, None], tile, _rows(ring_ptr, base, slot, early, end, channel, dim, DIM))
     best = _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN)
     for block in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        tile = _rows(ring_ptr, base, slot, end, channel, dim, DIM)
+        tile = _rows(ring_ptr, base, slot, begin, end, channel, dim, DIM)
         best = tl.minimum(best, _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN))
     near = tl.min(best, 0)
     distance, slot, _ = unpack(near)
@@ -63,9 +65,15 @@ def _scan(
 
 
 @triton.jit
-def _rows(ring_ptr, base, slot, end, channel, dim: tl.constexpr, DIM: tl.constexpr):
-    """Queries [n, DIM] of the ring rows ``slot`` below ``end``."""
-    inside = (slot < end)[:, None]
+def _scannable(position, min_context, capacity):
+    """Rows that a match at ``position`` looks at: see ring.scanned_rows."""
+    return tl.where(position + 1 >= min_context, tl.minimum(tl.maximum(position, 0), capacity), 0)
+
+
+@triton.jit
+def _rows(ring_ptr, base, slot, begin, end, channel, dim: tl.constexpr, DIM: tl.constexpr):
+    """Queries [n, DIM] of those of the ring rows ``slot`` that lie in [begin, end)."""
+    inside = ((slot >= begin) & (slot < end))[:, None]
     if dim != DIM:
         inside = inside & (channel < dim)[None, :]
     return tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
@@ -140,7 +148,7 @@ def scan(
     q: torch.Tensor, ring: Ring, position: torch.Tensor, shift: int, radius: float, oldest: int, max_chain: int | None, min_context: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added. The launch right before this one may have
-    made q, but not what ring or position hold: they are read before it ends.
+    made q and position, but not what the ring holds, which is read before that one ends.
 
     Returns packed matches int64 [splits, B, Hq], the lse of the matched rows float32 [splits, B, Hq] (-inf outside the radius), and how many
     rows of each head's ring were scanned, int32 [B].

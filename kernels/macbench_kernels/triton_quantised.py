@@ -346,11 +346,17 @@ def _attend_codes(
                 )  # fmt: skip
 
 
-def tuning(symmetric: bool, half: bool) -> dict:
-    """Tokens per tile, stages, warps, programs per multiprocessor, and perhaps registers per thread; without matrix units small tiles, for tests."""
+def tuning(symmetric: bool, half: bool, group: int, dim: int) -> dict:
+    """Tokens per tile, stages, warps, programs per multiprocessor, and perhaps registers per thread; without matrix units small tiles, for tests.
+
+    Long tiles of groups of tokens have more columns; those of more than 4 heads, or of wide heads, would not fit registers.
+    """
     if not half:
         return {"block": 16, "stages": 1, "warps": 4, "occupancy": 1}
-    return {"block": 64, "stages": 3, "warps": 4, "occupancy": 3} if symmetric else {"block": 128, "stages": 3, "warps": 4, "occupancy": 2}
+    if symmetric:
+        return {"block": 64, "stages": 3, "warps": 4, "occupancy": 3 if dim <= 128 else 1}
+    long = group <= 4 and dim <= 128
+    return {"block": 128 if long else 64, "stages": 3, "warps": 4, "occupancy": 2 if dim <= 128 else 1}
 
 
 def attend_quantised(
@@ -371,7 +377,7 @@ def attend_quantised(
         )
     units, group = batch * kv_heads, heads // kv_heads
     half = q.element_size() == 2
-    knobs = tuning(symmetric, half) | override
+    knobs = tuning(symmetric, half, group, dim) | override
     block = max(knobs["block"], k.scheme.tokens)
     slots = 1 if symmetric else block // k.scheme.tokens
     wide = max(triton.next_power_of_2(group), 16 // slots)

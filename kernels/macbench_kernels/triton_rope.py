@@ -14,19 +14,16 @@ def _rotate_append(
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one request; the query heads come first, then the keys, then the values."""
+    follow(EARLY)
     request, head = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = dim // 2
     lane = tl.arange(0, HALF)
     inside = lane < half
-    # Lengths and slots were made when the step began, before the launch that made qkv: what follows from them alone need not wait for that one.
-    position = tl.maximum(tl.load(lengths_ptr + request) - 1, 0)
-    slot = tl.load(slots_ptr + request)
-    cos = tl.load(cos_ptr + position * half + lane, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + position * half + lane, mask=inside, other=0.0)
-    follow(EARLY)
     source = qkv_ptr + (request * (heads + 2 * kv_heads) + head) * dim
     low = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + half + lane, mask=inside, other=0.0).to(tl.float32)
+    position = tl.maximum(tl.load(lengths_ptr + request) - 1, 0)
+    slot = tl.load(slots_ptr + request)
     if head >= heads + kv_heads:
         target = v_pool_ptr + (head - heads - kv_heads) * head_stride.to(tl.int64) + slot * dim
         tl.store(target + lane, low, mask=inside)
@@ -40,6 +37,8 @@ def _rotate_append(
             high *= spread * tl.load(gain_ptr + half + lane, mask=inside, other=0.0).to(tl.float32)
         # The query before RoPE is the one in the model's precision, so that a match sees what a prompt's query would be.
         low, high = low.to(q_ptr.dtype.element_ty).to(tl.float32), high.to(q_ptr.dtype.element_ty).to(tl.float32)
+        cos = tl.load(cos_ptr + position * half + lane, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + position * half + lane, mask=inside, other=0.0)
         turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
         if is_query:
             at = (request * heads + head) * dim

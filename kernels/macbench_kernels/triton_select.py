@@ -9,8 +9,16 @@ import triton.language as tl
 
 from macbench_kernels.triton_common import dependent_launch, follow, launch_options, launchable, on_device
 
-# Scores that one program holds.
-_MOST = 32768
+# Scores that one program holds, and those that it writes about together: running sums take shared memory.
+MOST = 16384
+STEP = 4096
+
+
+@triton.jit
+def ordered_bits(scores):
+    """Unsigned integers that are ordered like the scores."""
+    bits = (scores + 0.0).to(tl.uint32, bitcast=True)  # + 0.0 makes -0 a 0
+    return bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
 
 @triton.jit
@@ -19,9 +27,7 @@ def _keys(score_ptr, valid_ptr, row, start, n, TILE: tl.constexpr):
     i = start + tl.arange(0, TILE)
     scores = tl.load(score_ptr + row * n + i, mask=i < n, other=0.0)
     valid = tl.load(valid_ptr + row * n + i, mask=i < n, other=0)
-    bits = (scores + 0.0).to(tl.uint32, bitcast=True)  # + 0.0 makes -0 a 0
-    ordered = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-    return tl.where(valid != 0, ordered, 0).to(tl.uint32)
+    return tl.where(valid != 0, ordered_bits(scores), 0).to(tl.uint32)
 
 
 @triton.jit
@@ -36,7 +42,9 @@ def _at_least(keys, score_ptr, valid_ptr, row, n, least, TILE: tl.constexpr, FIT
 
 
 @triton.jit
-def _select(score_ptr, valid_ptr, id_ptr, count_ptr, n, k, TILE: tl.constexpr, FITS: tl.constexpr, EARLY: tl.constexpr):
+def _select(
+    score_ptr, valid_ptr, id_ptr, count_ptr, n, k, TILE: tl.constexpr, PART: tl.constexpr, FITS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     one = tl.full((), 1, tl.uint32)
@@ -51,14 +59,13 @@ def _select(score_ptr, valid_ptr, id_ptr, count_ptr, n, k, TILE: tl.constexpr, F
     above = tl.where(last == 0xFFFFFFFF, 0, _at_least(keys, score_ptr, valid_ptr, row, n, last + one, TILE, FITS))
     ties = wanted - above  # that many of those with the last key, the first ones
     written = 0
-    for start in range(0, n, TILE):
-        if not FITS:
-            keys = _keys(score_ptr, valid_ptr, row, start, n, TILE)
-        tied = (keys == last).to(tl.int32)
+    for start in range(0, n, PART):
+        some = _keys(score_ptr, valid_ptr, row, start, n, PART)
+        tied = (some == last).to(tl.int32)
         rank = tl.cumsum(tied, 0)
-        chosen = ((keys > last) | ((tied != 0) & (rank <= ties))).to(tl.int32)
+        chosen = ((some > last) | ((tied != 0) & (rank <= ties))).to(tl.int32)
         place = written + tl.cumsum(chosen, 0) - 1
-        tl.store(id_ptr + row * k + place, start + tl.arange(0, TILE), mask=chosen != 0)
+        tl.store(id_ptr + row * k + place, start + tl.arange(0, PART), mask=chosen != 0)
         written += tl.sum(chosen, 0)
         ties -= tl.minimum(ties, tl.sum(tied, 0))
     tl.store(count_ptr + row, wanted)
@@ -75,12 +82,12 @@ def top(scores: torch.Tensor, k: int, valid: torch.Tensor, ordered: bool = True)
     counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
     if not ids.numel():
         return ids, counts.zero_()
-    tile = min(max(triton.next_power_of_2(n), 128), _MOST)
+    tile = min(max(triton.next_power_of_2(n), 128), MOST)
     early = dependent_launch(scores.device)
     with on_device(scores):
         _select[(counts.numel(),)](
-            scores, valid.view(torch.uint8), ids, counts, n, k, TILE=tile, FITS=n <= tile, EARLY=early,
-            num_warps=min(max(tile // 512, 4), 32), **launch_options(early),
+            scores, valid.view(torch.uint8), ids, counts, n, k, TILE=tile, PART=min(tile, STEP), FITS=n <= tile, EARLY=early,
+            num_warps=min(max(tile // 512, 4), 16), **launch_options(early),
         )  # fmt: skip
     if ordered:  # equal scores stay in ascending order; what was not chosen stays behind
         unused = torch.arange(k, device=ids.device) >= counts[..., None]

@@ -5,12 +5,15 @@ python -m macbench.bench.same_tokens [prompts=16] [new_tokens=64] [ctx=4096] [de
 Each way is compared with batch 1, eager. Where a text differs, the gap between the two largest logits at that step says how near a tie was.
 """
 
+import sys
 from pathlib import Path
 from statistics import median
 
 import pyarrow as pa
 import torch
 from omegaconf import OmegaConf
+
+from macbench.errors import ConfigError
 
 DEFAULTS = OmegaConf.create(
     {
@@ -115,5 +118,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    try:
+        with torch.inference_mode():
+            main()
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)

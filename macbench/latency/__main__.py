@@ -7,6 +7,7 @@ python -m macbench.latency random_llama31_8b reach runs/reference/h100/decode/ll
 import json
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import yaml
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    began = perf_counter()
     spec = yaml.safe_load((_MODELS / f"{argv[0]}.yaml").read_text())
     network = random_weights.build(spec["random"], "cuda", torch.bfloat16)
     rows = []
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
         rows += measure(network, argv[0], True, mac=MAC(), say=lambda row: print(table.line(row), flush=True), **config)
         if len(argv) > 2:
             table.write(rows, Path(argv[2]), facts("cuda", "macbench.latency"))
+        print(f"{perf_counter() - began:.0f} s", flush=True)
     return 0
 
 

@@ -12,6 +12,7 @@ from macbench.attention.timing import copy_bandwidth
 from macbench.counting import READ_CATEGORIES
 from macbench.engine import Engine
 from macbench.errors import one_line
+from macbench.generate import out_of_memory
 from macbench.latency import peer
 from macbench.latency.breakdown import USED, breakdown
 from macbench.latency.synthetic import SyntheticMAC
@@ -129,10 +130,8 @@ def _guard(function: Callable[[], dict]) -> dict:
         return function()
     except UnsupportedError as error:
         return {"error": one_line(error)}
-    except torch.OutOfMemoryError as error:
-        return {"error": f"OutOfMemoryError: {one_line(error)}; lower batch or ctx"}
     except (RuntimeError, ValueError, MemoryError) as error:
-        hint = "; lower batch or ctx" if "alloc" in str(error).lower() or isinstance(error, MemoryError) else ""
+        hint = "; lower batch or ctx" if out_of_memory(error) else ""
         return {"error": f"{type(error).__name__}: {one_line(error)}{hint}"}
     finally:
         gc.collect()  # decoders and what they attend with know each other

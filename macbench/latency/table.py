@@ -20,7 +20,7 @@ def _type(name: str) -> pa.DataType:
 SCHEMA = pa.schema([(name, _type(name)) for name in COLUMNS])
 HEADER = (
     f"{'model':<22} {'ctx':>6} {'batch':>5} {'method':<24} {'hit rate':<24} {'p50 ms':>8} {'p95 ms':>8} {'tok/s':>8} {'/floor':>6} {'/full':>6} "
-    f"{'/FI':>6} {'attn':>7} {'mm':>7} {'rest':>6} {'prefill':>8} {'GB':>6}"
+    f"{'/FI':>6} {'attn':>7} {'mm':>7} {'rest':>6} {'prefill':>8} {'GB':>6} {'/memory':>7}"
 )
 
 
@@ -47,6 +47,6 @@ def line(row: dict) -> str:
     cells = [
         ("tpot_p50_ms", "8.3f", 1), ("tpot_p95_ms", "8.3f", 1), ("tokens_per_s", "8.1f", 1), ("over_floor", "6.2f", 1), ("over_full", "6.2f", 1),
         ("over_flashinfer", "6.2f", 1), ("attention_ms", "7.3f", 1), ("products_ms", "7.3f", 1), ("rest_ms", "6.3f", 1), ("prefill_s", "8.3f", 1),
-        ("peak_bytes", "6.1f", 1e-9),
+        ("peak_bytes", "6.1f", 1e-9), ("over_memory_floor", "7.3f", 1),
     ]  # fmt: skip
     return key + " ".join(show(row[name] if row[name] is None else row[name] * scale, form) for name, form, scale in cells)

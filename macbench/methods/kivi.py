@@ -30,6 +30,9 @@ class KIVI(Method):
     Counted per layer and KV head, as kv: (Kq + Vq) * (b d / 8 + 4 d / g) + (2 L - Kq - Vq) * 2 d, scales and zeros included. The
     code of one value row per step is a write, that of a block of R keys every R steps is maint. All tokens are accessed: rho_log = 1.
     Floor of rho_bytes: (b / 8 + 4 / g) / 2.
+
+    With 2 bits a step takes as many cycles for instructions as for its bytes, so it can be slower than these: matrix units take no such codes,
+    each becomes a half-precision number that goes through shared memory, and softmax costs as much per token as in full attention.
     """
 
     bits: int = 4

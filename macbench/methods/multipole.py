@@ -68,6 +68,9 @@ class Multipole(Method):
 
     Counted per KV head, layer and step: exact rows; meta: a key centroid (d elements) and a count (4 bytes) per cluster, a value centroid
     (d elements) per far cluster; 4 bytes of idx per token of near clusters. rho_bytes is about (202 + B) / L + (1 - B / 2 L) / 16.
+
+    A step takes longer than its bytes: the list of near clusters ends where their tokens exceed B, so scores of all clusters pass through several
+    softmaxes, a sort and running sums, float32 for each head, between the reads of key and of value centroids.
     """
 
     budget: int = 128

@@ -17,6 +17,9 @@ class OracleTopK(Method):
 
     ``count``: *honest* counts what must be read, all keys and k values: (L + k) / 2 tokens, so rho_bytes = 1/2 + k / (2 L). *ideal* leaves
     the scoring out and counts k tokens, k / L: what a selector would cost whose choice were free. idx: 4 bytes per id.
+
+    A step takes longer than its bytes, whichever are counted: scores of all heads and tokens, 4 bytes each, are written, normalised, meaned and
+    searched for the best.
     """
 
     budget: int = 512

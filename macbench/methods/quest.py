@@ -57,6 +57,10 @@ class Quest(Method):
         if ctx <= self.pages * self.page:
             return f"quest keeps {self.pages} pages of {self.page} tokens; ctx={ctx} runs as full attention"
 
+    def check(self, shape):
+        most = max(self.dense_layers, default=0)
+        require(most < shape.layers, "method", "dense_layers", list(self.dense_layers), f"layers of the model, 0 to {shape.layers - 1}")
+
     def fit(self, rho, tokens, shape, generated=1):
         f = len([i for i in set(self.dense_layers) if i < shape.layers]) / shape.layers
         budget = 0 if f == 1 else int((rho - f) / (1 - f) * tokens - tokens / self.page) // self.page * self.page

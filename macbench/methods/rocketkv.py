@@ -71,7 +71,8 @@ class RocketKV(Method):
     per chosen token; the bounds of one chunk written. That is about b rows in all: the budget is traffic, not attended tokens.
     Votes belong to prefill and are not counted. S is the run's context, not that of a request, so that shapes stay the same.
 
-    A step takes longer than its bytes: scores of all chunks pass through a softmax and a sort, which its bytes do not pay for.
+    A step takes longer than its bytes: between its two reads the scores of all chunks pass through a softmax and a search for the best, one
+    program per KV head each, in launches that wait for one another. Its bytes pay for none of that.
     """
 
     budget: int = 1024
@@ -109,7 +110,8 @@ class RocketKV(Method):
     def check(self, shape):
         keep = sizes(shape.max_tokens, self.max_new, shape.head_dim, self.budget).keep
         if keep < self.window:
-            raise ConfigError("method.budget", self.budget, f"leaves {keep} prompt tokens at ctx={shape.max_tokens}; method.window={self.window}")
+            at = f"{max(0, keep)} prompt tokens at ctx={shape.max_tokens} with method.max_new={self.max_new}"
+            raise ConfigError("method.budget", self.budget, f"leaves {at}; must be at least method.window={self.window}")
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
@@ -122,6 +124,8 @@ class RocketKV(Method):
         # The i-th token that is left is token kept[i], or i + removed behind those.
         self.kept = self.buffer("kept", shape.layers, *heads, size.keep, dtype=torch.int32)
         self.removed = self.buffer("removed", shape.batch, dtype=torch.int32)
+        # The most tokens that a step attends.
+        self._room = min(max(size.topk, self.budget) if self.mode == "harness" else size.topk, shape.max_tokens)
 
     def after_prompt(self, request, queries, cache):
         shape, n, keep, kept = self.shape, cache.host_lengths[request], self.size.keep, self.kept[:, request]
@@ -147,14 +151,16 @@ class RocketKV(Method):
         if layer == 0:  # the same for all layers
             self._prepare(cache)
         self.kernels.extend_bounds(bounds, cache, layer, size.chunk, self.removed)
-        ids, places = self._tokens(layer, self._chunk_scores(q, bounds))
+        scores = self._chunk_scores(q, bounds)
+        args = (self._counts, size.chunk, self._room, self.mode == "harness", self.kept[layer], self.removed)
+        ids, places = self.kernels.top_tokens(scores, self._left, *args)
         self.ledger.add(layer, "meta", shape.kv_heads * size.channels * ELEMENT_BYTES, self._scored)
         self.ledger.add(layer, "write", shape.kv_heads * bounds.shape[2] * ELEMENT_BYTES)
         self.ledger.selected(layer, ids, self._counts, 1, cache.lengths, store=(places, self._left))
         return self.kernels.attend_selected(q, cache, layer, ids, self._counts, shape.scale).out.to(q.dtype)
 
     def _prepare(self, cache):
-        size, device = self.size, self.removed.device
+        size = self.size
         left = self._left = cache.lengths - self.removed  # M
         all_of_it = left <= size.topk
         if self.mode == "harness":
@@ -162,40 +168,9 @@ class RocketKV(Method):
         self._counts = torch.where(all_of_it, left, size.topk)[:, None].expand(-1, self.shape.kv_heads).contiguous()
         chunks = (left + size.chunk - 1) // size.chunk
         self._scored = torch.where(all_of_it, 0, chunks).int()
-        index = torch.arange(self.bounds[0].shape[-1], device=device)
-        self._valid = (index < chunks[:, None])[:, None]
-        self._members = (left[:, None] - index * size.chunk).clamp(0, size.chunk)[:, None, None]  # tokens of each chunk, [B, 1, 1, chunks]
 
     def _chunk_scores(self, q, bounds):
         """s [B, Hkv, chunks]: the mean probability of a token of each chunk; all equal for requests that attend everything."""
-        d = self.shape.head_dim
-        grouped = q.unflatten(1, (self.shape.kv_heads, -1)).to(torch.promote_types(q.dtype, torch.float32))
-        size_of = grouped.abs()
-        channels, _ = self.kernels.top(size_of.mean(2), self.size.channels, torch.ones((), dtype=torch.bool, device=q.device), ordered=False)
-        at = channels.long()[:, :, None].expand(-1, -1, grouped.shape[2], -1)
-        rows = channels
-        if bounds.shape[2] > d:  # minima lie behind the maxima
-            rows = channels + d * (grouped.sum(2) <= 0).gather(-1, channels.long()).int()
-        tau = (d * size_of.gather(-1, at).sum(-1) / size_of.sum(-1).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
-        u = self.kernels.row_scores(grouped.gather(-1, at), bounds, self._scored, rows) / tau[..., None]
-        weights = (u - u.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
-        return (weights / (weights * self._members).sum(-1, keepdim=True).clamp(min=1e-30)).mean(2)
-
-    def _tokens(self, layer, scores):
-        """ids int32 [B, Hkv, n]: the tokens of the best chunks in order, as many as ``_counts`` says, and the newest token among them; and their
-        places among the tokens that are left."""
-        size, left = self.size, self._left[:, None, None]
-        harness = self.mode == "harness"
-        n = min(max(size.topk, self.budget) if harness else size.topk, self.shape.max_tokens)
-        # One chunk more than fill n: the last chunk may be short.
-        chunks, known = self.kernels.top(scores, -(-n // size.chunk) + 1, self._valid)
-        inside = torch.arange(size.chunk, device=scores.device)
-        places = (chunks[..., None] * size.chunk + inside).flatten(2)  # among the tokens that are left
-        exists = (places < left) & ((torch.arange(chunks.shape[-1], device=scores.device) < known[..., None]).repeat_interleave(size.chunk, -1))
-        if harness:  # the newest one first
-            places, newest = torch.cat([(left - 1).expand(-1, places.shape[1], -1), places], -1), places == left - 1
-            exists = torch.cat([torch.ones_like(exists[..., :1]), exists & ~newest], -1)
-        rank = torch.where(exists, exists.cumsum(-1) - 1, n).clamp(max=n)  # those that do not fit meet in a column of no interest
-        packed = torch.zeros(*places.shape[:2], n + 1, dtype=places.dtype, device=places.device).scatter(-1, rank, places)[..., :n]
-        kept = self.kept[layer].gather(-1, packed.clamp(0, size.keep - 1).long())
-        return torch.where(packed < size.keep, kept, packed + self.removed[:, None, None]).int(), packed
+        both = bounds.shape[2] > self.shape.head_dim
+        weights, rows = self.kernels.strong_channels(q, self.shape.kv_heads, self.size.channels, both)
+        return self.kernels.mean_probability(self.kernels.row_scores(weights, bounds, self._scored, rows), self._left, self.size.chunk)

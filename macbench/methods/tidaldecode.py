@@ -27,6 +27,9 @@ class TidalDecode(Method):
 
     Counted: full layers as full attention (the scores come with it); others k rows per KV head (per_q_head: the union over the group, up to
     G k) and 4 bytes of idx per id. rho_bytes = 4/N + (1 - 4/N) k/L: no budget goes below 4/N.
+
+    The two choosing layers take longer than their bytes: keys are read again for scores, which are written, normalised and searched for the best,
+    4 bytes for each head and token at every pass.
     """
 
     budget: int = 512

@@ -6,6 +6,7 @@ Tasks see only this object; they never touch a tokenizer's own template function
 from dataclasses import dataclass
 
 from macbench.errors import choose
+from macbench.models import template
 
 # RULER's template for Llama-3 (scripts/data/template.py, Apache-2.0). Its literal BOS is left out: `encode` adds the single BOS.
 META_LLAMA3 = (
@@ -43,8 +44,10 @@ class Chat:
         if self.template == "base" or not self.tokenizer.chat_template:
             return "", ""
         turn = [{"role": "user", "content": _SENTINEL}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        head, _, tail = text.partition(_SENTINEL)
+        text = template.render(self.tokenizer, turn)
+        head, found, tail = text.partition(_SENTINEL)
+        if not found:
+            raise ValueError("the chat template leaves out what the user says")
         return head, tail
 
     def render(self, user: str, answer_prefix: str = "") -> str:

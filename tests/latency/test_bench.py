@@ -94,12 +94,16 @@ def test_floor_and_ratios():
     assert [(r["over_floor"], r["over_full"], r["over_flashinfer"]) for r in group] == [(4, 1, None), (5, 1.25, 1), (2, 0.5, 0.4)]
 
 
-def test_a_failure_is_a_row_and_says_what_to_lower(network, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"), RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")],
+)
+def test_a_failure_is_a_row_and_says_what_to_lower(network, monkeypatch, failure):
     attend = Full.attend
 
     def fails(self, *args):
         if self.shape.batch == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+            raise failure
         return attend(self, *args)
 
     monkeypatch.setattr(Full, "attend", fails)

@@ -12,6 +12,7 @@ from macbench.methods.full import Full
 from macbench.methods.h2o import H2O
 from macbench.methods.int8 import INT8
 from macbench.methods.kivi import KIVI
+from macbench.methods.mac import MAC
 from macbench.methods.multipole import Multipole
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.pyramidkv import PyramidKV
@@ -64,6 +65,11 @@ def maker(kind, **settings):
 
 CASES = {
     "full": Case(Full, {}, expected=expected.full_counts),
+    # What it reads follows from hits: test_counting holds that to closed forms and poisons its rings as well.
+    "mac": Case(
+        *(maker(MAC, tau=1.1, window=16, band=8, min_context=0), {"tau": 0.0}, (None,), expected.mac_counts),
+        **{"scored": True, "short": (24,), "short_layers": 1},
+    ),
     "streaming_llm": Case(maker(StreamingLLM, sinks=3, recent=20), {"recent": 500}, expected=expected.streaming_counts),
     "streaming_llm cache": Case(maker(StreamingLLM, sinks=3, recent=20, mode="faithful"), {"recent": 500}, expected=expected.streaming_counts),
     "quest": Case(

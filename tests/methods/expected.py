@@ -28,6 +28,11 @@ def full_counts(m, x):
     return x.tokens(x.length)
 
 
+def mac_counts(m, x):
+    """What does not depend on hits: a row of the ring and a stored result (float32 output, lse and depth) are written for every query head."""
+    return {"bytes_meta": 0, "bytes_idx": 0, "bytes_write": x.s.q_heads * (2 * x.s.head_dim + 4 * x.s.head_dim + 4 + 4)}
+
+
 def streaming_counts(m, x):
     return x.tokens(min(x.length, m.sinks + m.recent + 1))
 

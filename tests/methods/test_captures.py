@@ -8,13 +8,16 @@ import torch
 from macbench_kernels import Kernels, MacStep, State, kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from macbench.engine import Engine
 from macbench.methods.base import Method
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
+from macbench.models.adapter import attention_shape
 from macbench.output_error import Measured
 from tests.conftest import DEVICE
 from tests.methods.cases import PROMPTS
 from tests.methods.driver import Batch, Text
+from tests.models.tiny import tiny
 
 
 def stub(s) -> Kernels:
@@ -102,12 +105,10 @@ def test_a_step_can_be_captured(case, monkeypatch):
     assert all(log == logs[0] for log in logs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"sink": 4, "max_chain": 2, "min_context": 40}])
-def test_a_mac_step_can_be_captured(settings, monkeypatch):
-    """MAC's own tests are in test_mac and test_counting; here what surrounds its kernel."""
+def test_a_mac_step_with_all_its_knobs_can_be_captured(monkeypatch):
     if DEVICE == "cuda":
         return
-    logs = captured_operations(lambda: MAC(**{"window": 16, "band": 8, "min_context": 0} | settings), PROMPTS, monkeypatch)
+    logs = captured_operations(lambda: MAC(window=16, band=8, sink=4, max_chain=2, min_context=40), PROMPTS, monkeypatch)
     assert logs[0] and all(log == logs[0] for log in logs)
 
 
@@ -117,3 +118,29 @@ def test_a_measured_step_can_be_captured(case, monkeypatch):
         return
     logs = captured_operations(lambda: Measured(case.make()), case.prompts, monkeypatch)
     assert all(log == logs[0] for log in logs)
+
+
+@pytest.mark.parametrize("make", [Full, lambda: MAC(window=16, band=8, min_context=0)], ids=["full", "mac"])
+def test_a_whole_decode_step_can_be_captured(make, monkeypatch):
+    """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike."""
+    if DEVICE == "cuda":
+        return
+    network = tiny("llama", torch.float32)
+    engine = Engine(network, stub(replace(attention_shape(network), batch=2)), 128, page_size=4, batch=2)
+    decoder = engine.decoder(make(), 2)
+    logs = []
+    with torch.inference_mode():
+        for lengths in ((70, 40), (33, 80)):
+            prompts = [engine.prefill(list(range(n)), 16) for n in lengths]
+            decoder.start(prompts)
+            for step in range(4):
+                decoder.before()
+                with monkeypatch.context() as patch, Watch() as watch:
+                    for name in ("tolist", "numpy", "cpu"):
+                        patch.setattr(torch.Tensor, name, refuse)
+                    decoder.step()
+                logs += [watch.log] if step else []  # the first may allocate
+            decoder.stop()
+            for prompt in prompts:
+                prompt.free()
+    assert len(logs[0]) > 50 and all(log == logs[0] for log in logs)

@@ -97,7 +97,7 @@ def test_a_budget_for_everything_is_full_attention_and_counts_as_it(case, group)
 def test_where_pages_lie_makes_no_difference(case):
     plain, moved = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), permute=True)
     for _ in range(4):
-        torch.testing.assert_close(plain.step(), moved.step(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(plain.step(), moved.step(), atol=1e-5, rtol=1e-5)  # products in float32, added in another order
     assert all((a == b).all() for a, b in zip(plain.counts().values(), moved.counts().values(), strict=True))
 
 
@@ -107,7 +107,7 @@ def test_a_batch_is_what_its_requests_are_alone(case):
     for _ in range(6):
         out = together.step()
         for b, one in enumerate(alone):
-            torch.testing.assert_close(out[:, b], one.step()[:, 0], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(out[:, b], one.step()[:, 0], atol=1e-5, rtol=1e-5)
     for b, one in enumerate(alone):
         assert all((together.counts()[name][..., b] == values[..., 0]).all() for name, values in one.counts().items())
 
@@ -116,7 +116,7 @@ def test_idle_requests_disturb_nobody(case):
     """A batch that is not full: rows that hold no token take part in every call."""
     plain, padded = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), idle=2)
     for _ in range(3):
-        torch.testing.assert_close(plain.step(), padded.step()[:, : len(case.prompts)], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(plain.step(), padded.step()[:, : len(case.prompts)], atol=1e-5, rtol=1e-5)
     for name, values in plain.counts().items():
         assert (values == padded.counts()[name][..., : len(case.prompts)]).all(), name
 

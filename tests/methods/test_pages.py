@@ -16,20 +16,25 @@ from macbench.methods.snapkv import SnapKV
 from macbench.methods.streaming_llm import StreamingLLM
 from macbench.methods.tova import TOVA
 from tests.methods.driver import Batch, Text
+from tests.methods.expected import Seen, quest_counts
 from tests.methods.recorder import Recorder
 
 COMPACT = (SnapKV, TOVA, H2O, KIVI, INT8)  # rows lie together
 
 
 def test_golden_pages():
-    """Two heads of a group read {0,1,7} and {1,2,7} of 8 tokens in pages of 2: 6 of 8 (logical 6/16, physical 4/8)."""
-    ledger = Ledger(Shape(1, 2, 1, 4, 0.5, max_tokens=8), page=2)
+    """Two heads of a group read {0,1,7} and {1,2,7} of 8 tokens in pages of 2: 6 of 8 (logical 6/16, physical 4/8), 64 of 128 bytes; the new
+    row is 16 bytes, and so are the bounds of each page."""
+    shape = Shape(1, 2, 1, 4, 0.5, max_tokens=8)
+    ledger = Ledger(shape, page=2)
     ledger.begin_step([8])
     ids, lengths = torch.tensor([[[0, 1, 7], [1, 2, 7]]], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
     ledger.selected(0, ids, torch.full((1, 2), 3, dtype=torch.int32), 1, lengths)
     ledger.end_step()
     found = {name: int(values.sum()) for name, values in ledger.counts().items()}
     assert (found["tokens_log"], found["tokens_phys"], found["tokens_page"]) == (6, 4, 6)
+    assert (found["bytes_kv"], found["bytes_full"], found["bytes_write"], found["bytes_idx"]) == (64, 128, 16, 24)
+    assert quest_counts(Quest(budget=2, page=2, min_pages=1, dense_layers=()), Seen(0, 8, shape, 7))["bytes_meta"] == 64
 
 
 def test_pages_of_spans_end_where_the_text_ends():

@@ -1,12 +1,16 @@
 """Golden examples of StreamingLLM, Quest, oracle top-k and TidalDecode, and their budgets, from the written specification."""
 
+import re
+
 import pytest
 import torch
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
 from macbench.methods.full import Full
+from macbench.methods.kivi import KIVI
 from macbench.methods.mac import MAC
+from macbench.methods.multipole import Multipole
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.quest import Quest
 from macbench.methods.streaming_llm import StreamingLLM
@@ -39,9 +43,11 @@ def read_by(batch) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["harness", "faithful"])
 def test_streaming_golden(mode):
-    text = Text.random(5, 4, layers=1, group=1, kv_heads=1)
+    """Steps 5 to 8 of the document; what is left after them, {0, 1, 6, 7, 8}, shows in step 9."""
+    text = Text.random(5, 5, layers=1, group=1, kv_heads=1)
     batch = Batch(StreamingLLM(sinks=2, recent=3, mode=mode), [text])
-    assert [read_by(batch) for _ in range(4)] == [[0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5, 6], [0, 1, 4, 5, 6, 7], [0, 1, 5, 6, 7, 8]]
+    want = [[0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5, 6], [0, 1, 4, 5, 6, 7], [0, 1, 5, 6, 7, 8], [0, 1, 6, 7, 8, 9]]
+    assert [read_by(batch) for _ in range(5)] == want
 
 
 def test_streaming_numbers_tokens_by_their_place_in_the_cache():
@@ -194,6 +200,8 @@ def test_quest_golden_budgets(shape, tokens, budgets):
 
 
 def test_quest_names_its_floor():
+    with pytest.raises(ConfigError, match=r"budget=0.125: must be at least"):  # 0 in the document
+        Quest().fit(0.125, 8192, SMOL)
     with pytest.raises(ConfigError, match=r"budget=0.1: must be at least 0\.13\d for quest at 8192 tokens"):
         Quest().fit(0.1, 8192, SMOL)
     assert Quest(dense_layers=()).fit(0.1, 8192, SMOL).budget == int(0.1 * 8192 - 512) // 16 * 16
@@ -260,21 +268,51 @@ def test_golden_bytes_of_a_set_for_each_head(shape, length, k, kv, rho):
 
 
 def test_golden_table_of_bytes():
-    """rho_bytes on Llama-3.1-8B at 131072 tokens, T = 4096, from the same counting rules that the runs are held to."""
+    """rho_KV and rho_bytes of the document, from the counting rules that the runs are held to; full attention's bytes and the new rows of a step."""
 
     def rho(method, expected, shape, length):
-        total = 0
+        kv = rest = 0
         for layer in range(shape.layers):
             want = expected(method, Seen(layer, length, shape, length))
-            kv = want.get("bytes_kv", want.get("tokens_phys", 0) * shape.kv_row_bytes)
-            total += kv + want.get("bytes_meta", 0) + want.get("bytes_idx", 0)
-        return total / (shape.layers * shape.kv_heads * length * shape.kv_row_bytes)
+            kv += want.get("bytes_kv", want.get("tokens_phys", 0) * shape.kv_row_bytes)
+            rest += want.get("bytes_meta", 0) + want.get("bytes_idx", 0)
+        whole = shape.layers * shape.kv_heads * length * shape.kv_row_bytes
+        return kv / whole, (kv + rest) / whole
 
     for shape, length, t, table in (
-        (LLAMA, 131072, 4096, (0.1504, 0.0313, 0.1526, 0.5159)),
-        (LLAMA, 131072, 16384, (0.2383, 0.1250, 0.2352, 0.5635)),
-        (SMOL, 8192, 512, (0.1834, 0.0626, 0.1884, None)),
+        (LLAMA, 131072, 4096, ((0.0918, 0.1504), (0.0313, 0.0313), (0.1523, 0.1526), (0.5156, 0.5159), (0.0313, None))),
+        (LLAMA, 131072, 16384, ((0.1797, 0.2383), (0.1250, 0.1250), (0.2344, 0.2352), (0.5625, 0.5635), (0.125, None))),
+        (SMOL, 8192, 512, ((0.1250, 0.1834), (0.0626, 0.0626), (0.1875, 0.1884), (0.5313, None), (0.0625, None))),
     ):
-        methods = (Quest(t), StreamingLLM(recent=t - 4), TidalDecode(t), OracleTopK(t))
-        for method, expected, want in zip(methods, (quest_counts, streaming_counts, tidal_counts, oracle_counts), table, strict=True):
-            assert want is None or rho(method, expected, shape, length) == pytest.approx(want, abs=6e-5), method
+        methods = (Quest(t), StreamingLLM(recent=t - 4), TidalDecode(t), OracleTopK(t), OracleTopK(t, count="ideal"))
+        counts = (quest_counts, streaming_counts, tidal_counts, oracle_counts, oracle_counts)
+        for method, expected, want in zip(methods, counts, table, strict=True):
+            for found, golden in zip(rho(method, expected, shape, length), want, strict=True):
+                assert golden is None or found == pytest.approx(golden, abs=6e-5), method
+    for shape, length, full, write in ((LLAMA, 131072, 17_179_869_184, 131_072), (SMOL, 8192, 188_743_680, 23_040)):
+        ledger = Ledger(shape)
+        ledger.begin_step([length])
+        ledger.end_step()
+        counts = ledger.counts()
+        assert (counts["bytes_full"].sum(), counts["bytes_write"].sum()) == (full, write)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "floor"),
+    [
+        (Quest(), LLAMA, 0.121),
+        (Quest(), SMOL, 0.125),
+        (Quest(dense_layers=()), LLAMA, 0.0625),
+        (Multipole(), LLAMA, 0.0625),
+        (TidalDecode(), LLAMA, 0.125),
+        (TidalDecode(), SMOL, 4 / 30),
+        (OracleTopK(), LLAMA, 0.5),
+        (KIVI(bits=2), LLAMA, 0.1875),
+    ],
+)
+def test_golden_floors(method, shape, floor):
+    """Of rho_bytes in a context so long that a page, a window or a token is nothing."""
+    with pytest.raises(ConfigError) as error:
+        method.fit(1e-6, 10**8, shape)
+    (named,) = re.findall(r"at least ([\d.]+) for|([\d.]+) is its floor", str(error.value))
+    assert float("".join(named)) == pytest.approx(floor, abs=1.1e-3)

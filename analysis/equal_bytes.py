@@ -23,7 +23,7 @@ def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
     """By context length, a row per method and ``budget`` (text; '' of what runs as it is) over all subtasks: see ``summary.COLUMNS``."""
     frame = pd.concat([samples(folder) for folder in folders], ignore_index=True)
     frame = frame.assign(variant=frame.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
-    return {ctx: headline(summarise(part)) for ctx, part in frame.groupby("ctx")}
+    return {ctx: headline(summarise(part, each=False)) for ctx, part in frame.groupby("ctx")}
 
 
 def short(folders: list[Path]) -> str:

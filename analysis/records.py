@@ -194,7 +194,7 @@ class Records:
             raise Missing(f"{run / 'samples'} has {len(frame)} of the {known} finished examples of summary.json: a part is missing")
         if frame.empty or frame.rho_bytes.isna().all():
             raise Missing(f"{run} has no finished example with a decode step")
-        return frame, headline(summarise(frame))
+        return frame, headline(summarise(frame, each=False))
 
     def source(self, run: Path) -> Source:
         """Where an accuracy run was made."""

@@ -46,7 +46,7 @@ def kept(folders: list[Path]) -> pd.DataFrame:
     frame = pd.concat([samples(folder) for folder in folders], ignore_index=True)
     frame = frame.assign(variant=frame.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
     for ctx, part in frame.groupby("ctx"):
-        rows = headline(summarise(part)).set_index(["method", "variant"])
+        rows = headline(summarise(part, each=False)).set_index(["method", "variant"])
         full = rows.score.get((REFERENCE, ""))
         if full:
             columns[ctx] = rows.score.drop(REFERENCE, level=0) / full

@@ -22,12 +22,13 @@ COLUMNS = [
 ]
 
 
-def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None) -> pd.DataFrame:
+def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None, each: bool = True) -> pd.DataFrame:
     """A row per method variant and subtask, and for several subtasks one named ``all``.
 
     Scores and fidelity are means over examples; those of ``all`` are plain means over subtasks, and the standard error ``score_se`` is
     theirs. Ratios are ratios of sums. Columns of ``stats.Paired`` compare with full attention on the examples that both finished.
-    ``guesses``: scores that take no reading, by name; they get a row each, named like a method.
+    ``guesses``: scores that take no reading, by name; they get a row each, named like a method. ``each``: False leaves the rows of single
+    subtasks out where there are several.
     """
     samples = samples.reindex(columns=[*samples.columns, *(name for name in _FIDELITY if name not in samples)])  # rows may be older
     good = samples[samples.error.isna()]
@@ -36,7 +37,8 @@ def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None) ->
     rows = []
     for (method, variant), group in samples.groupby(["method", "variant"], sort=False):
         parts = dict(list(group.groupby("subtask", sort=False)))
-        for subtask, mine in [(name, {name: part}) for name, part in parts.items()] + [(WHOLE, parts)] * several:
+        single = [(name, {name: part}) for name, part in parts.items()] if each or not several else []
+        for subtask, mine in single + [(WHOLE, parts)] * several:
             compared = _against(mine, full) if method != REFERENCE else {}
             rows.append({"method": method, "variant": variant, "subtask": subtask} | _row(mine) | compared)
     table = pd.DataFrame(rows, columns=COLUMNS)

@@ -112,3 +112,9 @@ def test_the_reference_run_is_what_its_rows_say():
         kept = [dict.fromkeys(COLUMNS) | row for row in json.loads((run / "summary.json").read_text())]  # older ones have fewer columns
         assert kept == json.loads(table.to_json(orient="records", indent=1))
         assert not headline(table).empty
+
+
+def test_rows_over_all_subtasks_alone_are_the_same_rows():
+    samples = pd.DataFrame([row(m, s, i, i % 2) for m in ("full", "mac") for s in ("vt", "cwe") for i in range(4)])
+    whole = summarise(samples)
+    pd.testing.assert_frame_equal(summarise(samples, each=False), whole[whole.subtask == "all"].reset_index(drop=True))

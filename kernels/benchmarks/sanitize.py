@@ -110,8 +110,8 @@ def quantised(cache: PagedKVCache, group: int) -> None:
         room = (length + 32, dim, lambda name, *size, dtype: torch.zeros(size, dtype=dtype, device=NEW["device"]))
         k, v = (Codes.create(scheme, batch, KV_HEADS, *room) for scheme in (k_scheme, v_scheme))
         for request in range(batch):
-            k.copy(cache, 0, 0, request, 0, length // 32 * 32)
-            v.copy(cache, 0, 1, request, 0, length - 20)
+            k.write(request, 0, cache.stacked(slice(0, 1), request, 0, length // 32 * 32, 0)[0])
+            v.write(request, 0, cache.stacked(slice(0, 1), request, 0, length - 20, 1)[0])
         layer.quantise_rows(v, cache.values(0), cache, whole(batch) + length - 20)
         state = layer.attend_quantised(q, cache, 0, k, v, whole(batch) + length // 32 * 32, whole(batch) + length - 19, dim**-0.5)
         report(f"group {group}, d {dim}: {k_scheme.bits} bits", state.out)

@@ -85,7 +85,7 @@ def _coded(bits: int, batch: int, ctx: int, length: int):
     for side, codes in enumerate(both):
         if ctx <= 1024:
             for request in range(batch):
-                codes.copy(cache, 0, side, request, 0, whole)
+                codes.write(request, 0, cache.stacked(slice(0, 1), request, 0, whole, side)[0])
         else:
             codes.words.random_(-(2**31), 2**31 - 1)
             codes.scale.uniform_(0.01, 0.1)

@@ -97,7 +97,7 @@ def test_a_budget_for_everything_is_full_attention_and_counts_as_it(case, group)
 def test_where_pages_lie_makes_no_difference(case):
     plain, moved = Batch(case.make(), case.texts()), Batch(case.make(), case.texts(), permute=True)
     for _ in range(4):
-        torch.testing.assert_close(plain.step(), moved.step(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(plain.step(), moved.step(), atol=5e-6, rtol=5e-6)
     assert all((a == b).all() for a, b in zip(plain.counts().values(), moved.counts().values(), strict=True))
 
 

@@ -17,8 +17,8 @@ from macbench.counting import Ledger, Shape
 from macbench.decoder import Decoder, Preparation
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
-from macbench.models.forward import make_forward
-from macbench.models.placement import offloaded
+from macbench.models.forward import make_forward, waits_for_device
+from macbench.models.placement import compute_device, offloaded
 from macbench.sampling import greedy
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
@@ -107,20 +107,16 @@ class Request:
 class Engine:
     """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass.
 
-    ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs (nothing changes without a GPU).
+    ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs, where that
+    is possible: on a GPU, and unless weights come and go or a mixture of experts waits for the device. ``captures`` says whether it is.
     """
 
     def __init__(
         self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
     ):
-        self.network, self.kernels, self.ctx, self.chunk, self.batch, self.graph = (
-            network,
-            kernels,
-            ctx,
-            chunk,
-            batch,
-            graph and not offloaded(network),
-        )
+        self.network, self.kernels, self.ctx, self.chunk, self.batch = network, kernels, ctx, chunk, batch
+        cuda = compute_device(network).type == "cuda"
+        self.captures = graph and kernels.captures and cuda and not offloaded(network) and not waits_for_device(network)
         self.shape = attention_shape(network, ctx)
         s = self.shape
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.
@@ -230,7 +226,7 @@ class Engine:
         if key not in self._decoders:
             shape = replace(self.shape, batch=batch)
             # The method is part of the decoder, so its id is not used again.
-            self._decoders[key] = Decoder(self.forward, self.kernels, shape, self.pool, method, self.graph)
+            self._decoders[key] = Decoder(self.forward, self.kernels, shape, self.pool, method, self.captures)
         return self._decoders[key]
 
     def release(self) -> None:

@@ -15,7 +15,9 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # No token comes twice within 97: in the first layer equal tokens have equal queries, and rounding would choose among equally near ones.
 TEXTS = [torch.randperm(97, generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (70, 40, 95, 9, 60)]
 PROMPTS = [text[:n] for text, n in zip(TEXTS, (70, 40, 95, 9, 60), strict=True)]
-METHODS = {"full": Full, "mac": lambda: MAC(min_context=0, window=32, band=8, tau=1.0)}
+# A quarter of the first one's heads hit, and 70% of the other's, in float32 and in bfloat16.
+TAU = {"llama": 1.0, "qwen3": 0.8}
+METHODS = {"full": lambda network: Full(), "mac": lambda network: MAC(min_context=0, window=32, band=8, tau=TAU[network.config.model_type])}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -42,12 +44,12 @@ def generations(network, method, groups, graph, steps=24):
 @pytest.mark.parametrize("name", METHODS)
 def test_captured_and_batched_steps_give_the_same(network, name):
     """On a CPU nothing is captured; there the second way shows that an engine keeps no trace of what it decoded before."""
-    want = generations(network, METHODS[name](), [[0], [1], [2], [3], [4]], graph=False)
+    want = generations(network, METHODS[name](network), [[0], [1], [2], [3], [4]], graph=False)
     assert [len(tokens) for _, tokens in want] == [23, 24, 25, 26, 27] and len(set(want[0][1])) > 5
     hits, tried = (sum(counts[key].sum() for counts, _ in want) for key in ("hits", "match_heads"))
-    assert name == "full" or 0.1 < hits / tried < 0.99
+    assert name == "full" or 0.1 < hits / tried < 0.9
     for groups, graph in (([[i] for i in range(5)], True), ([[0, 1, 2], [3, 4]], True), ([[0, 1, 2], [3, 4]], False)):
-        for (counts, tokens), (expected, said) in zip(generations(network, METHODS[name](), groups, graph), want, strict=True):
+        for (counts, tokens), (expected, said) in zip(generations(network, METHODS[name](network), groups, graph), want, strict=True):
             assert tokens == said
             for key, numbers in expected.items():
                 assert (counts[key] == numbers).all(), key
@@ -56,7 +58,7 @@ def test_captured_and_batched_steps_give_the_same(network, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_batches_of_other_sizes_in_between_change_nothing(network, name):
     """Three requests, one alone, three again, by one engine: a captured step finds its memory where it was."""
-    method = METHODS[name]()
+    method = METHODS[name](network)
     engine = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3)
     made, where = [], []
     for group in (PROMPTS[:3], PROMPTS[3:4], PROMPTS[:3], PROMPTS[2:4]):
@@ -74,7 +76,7 @@ def test_batches_of_other_sizes_in_between_change_nothing(network, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_prepared_method_decodes_again(network, name):
     """The second time around on one preparation: tokens and counts of the first."""
-    engine, method = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3), METHODS[name]()
+    engine, method = Engine(network, kernels("auto", DEVICE), 128, page_size=4, batch=3), METHODS[name](network)
     prompts = [engine.prefill(ids, method.prompt_queries) for ids in PROMPTS[:3]]
     requests = [Request(p, 20) for p in prompts]
     made, preparation = [], Preparation()

@@ -146,6 +146,8 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
         torch.cuda.reset_peak_memory_stats()
     engine = Engine(network, kernels(backend, network.device), total, batch=size, graph=mode == "graph")
     made: dict = {"backend": engine.kernels.name, "forward": engine.forward.name}
+    if cuda and not engine.captures:
+        made["mode"] = "eager"
     decoder = engine.decoder(method, size)
     torch.manual_seed(seed)
     with torch.inference_mode():

@@ -37,10 +37,10 @@ def breakdown(engine: Engine, decoder, step_ms: float, feed: Callable[[], None] 
     """``attention_ms``, ``products_ms`` and ``rest_ms`` add up to ``step_ms``, the host's time for a step; ``device_ms``: the device's.
 
     ``decoder`` is at work and has room for ``USED`` steps more, before each of which ``feed`` is called; the engine's pool has a few pages left.
-    Products of a mixture of experts are part of the rest. None where there is no GPU, or no way to run the products alone.
+    Products of a mixture of experts are part of the rest. None where steps are not captured, or there is no way to run the products alone.
     """
     products = getattr(engine.forward, "products", None)
-    if products is None or not torch.cuda.is_available():
+    if products is None or not engine.captures:
         return dict.fromkeys(("attention_ms", "products_ms", "rest_ms", "device_ms"))
     batch = decoder.shape.batch
 

@@ -43,6 +43,21 @@ class Modules:
         return self.network.get_output_embeddings()(hidden.last_hidden_state[:, -1]).float()
 
 
+# Compute capabilities (major) of torch's grouped product in bfloat16; elsewhere, and in other dtypes, it asks the device how large the groups are.
+_GROUPED = (9, 10)
+
+
+def waits_for_device(network: torch.nn.Module) -> bool:
+    """Whether a step on a GPU waits for what the GPU found, so that it cannot be captured: a mixture that asks which experts were chosen."""
+    config = network.config
+    if not getattr(config, "num_experts", 0):
+        return False
+    experts = getattr(config, "_experts_implementation", None)
+    if experts == "grouped_mm" and network.dtype == torch.bfloat16:
+        return torch.cuda.get_device_capability(compute_device(network))[0] not in _GROUPED
+    return experts != "batched_mm"
+
+
 def make_forward(network: torch.nn.Module, max_tokens: int, batch: int = 1):
     """The fastest way that serves this model here, for ``batch`` texts of up to ``max_tokens``."""
     fits = compute_device(network).type == "cuda" and not offloaded(network)

@@ -61,6 +61,7 @@ class Fused:
         self.heads = network.config.num_attention_heads
         self.eps = network.config.rms_norm_eps
         self._blank: dict[tuple[int, int], torch.Tensor] = {}
+        self.attend = None
         positions = torch.arange(max_tokens, device=network.device)[None]
         cos, sin = network.base_model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=network.device), positions)
         half = cos.shape[-1] // 2
@@ -68,11 +69,11 @@ class Fused:
 
     @contextmanager
     def attending(self, attend) -> Iterator[None]:
-        self.attend = attend
+        outer, self.attend = self.attend, attend
         try:
             yield
         finally:
-            self.attend = None  # it knows the decoder, and with it all the decoder's memory
+            self.attend = outer  # not this one, which knows the decoder, and with it all the decoder's memory
 
     def step(self, tokens: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         from macbench_kernels.triton_linear import MAX_ROWS

@@ -41,7 +41,7 @@ TYPES = {
     torch.uint8: "*u8",
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: dict[str, tuple] = {}
 
 
@@ -154,8 +154,6 @@ if __name__ == "__main__":
         mock.patch.object(triton_match, "dependent_launch", lambda device: True),
         mock.patch.object(triton_attend, "dependent_launch", lambda device: True),
         mock.patch.object(triton_mac, "dependent_launch", lambda device: True),
-        mock.patch.object(triton_quantised, "INTERPRETED", False),
-        mock.patch.object(triton_quantised, "dependent_launch", lambda device: True),
         mock.patch.object(triton_channels, "dependent_launch", lambda device: True),
         mock.patch.object(triton_select, "dependent_launch", lambda device: True),
         mock.patch.object(triton_selected, "dependent_launch", lambda device: True),

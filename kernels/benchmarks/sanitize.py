@@ -102,6 +102,21 @@ def summaries(cache: PagedKVCache, group: int) -> None:
     report(f"group {group}, d {dim}: summaries of {units} pages", scores, weighed)
 
 
+def choosing(cache: PagedKVCache, group: int) -> None:
+    """The best of rows that one program holds and of longer ones; strong channels, probabilities of units of tokens and the tokens of the best."""
+    dim, batch, ids = cache.pool.head_dim, cache.batch, whole(cache.batch, KV_HEADS, 9)
+    weights, rows = layer.strong_channels(torch.randn(batch, KV_HEADS * group, dim, **NEW), KV_HEADS, dim // 2, True)
+    report(f"group {group}, d {dim}: strong channels", weights, rows)
+    for units in (70, 20000):
+        scores = torch.randn(batch, KV_HEADS, group, units, device=NEW["device"])
+        mean = layer.mean_probability(scores, whole(batch) + 3 * units - 1, 3)
+        counts = whole(batch, KV_HEADS) + 30
+        for newest in (True, False):
+            layer.top_tokens(mean, whole(batch) + 3 * units - 1, counts, 3, 40, newest, ids, whole(batch) + 5)
+        layer.top(scores, 50, scores > -1)
+        report(f"group {group}, d {dim}: the best of {units} units", mean)
+
+
 def quantised(cache: PagedKVCache, group: int) -> None:
     """Rows become codes of 2, 4 and 8 bits, and are attended to."""
     dim, batch, length = cache.pool.head_dim, cache.batch, cache.host_lengths[0]
@@ -138,5 +153,5 @@ for group, dim, window, page, batch in ((4, 64, 32, 16, 2), (3, 96, 77, 5, 1)):
     cache = filled(dim, page, batch)
     mac_steps(cache, group, window)
     spans(cache, group)
-    for kernel in (sets, summaries, quantised, between):
+    for kernel in (sets, summaries, choosing, quantised, between):
         kernel(cache, group)

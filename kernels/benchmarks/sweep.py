@@ -1,8 +1,7 @@
-"""Time variants of the kernels' knobs on a GPU, by CUDA-graph replay over several layers: python kernels/benchmarks/sweep.py full mac parts codes
+"""Time variants of the kernels' knobs on a GPU, by CUDA-graph replay over several layers: python kernels/benchmarks/sweep.py full mac parts
 
 full: tiles, stages, warps and programs per multiprocessor of the persistent kernel. mac: the same for a whole step with and without
 early launches. parts: how much of a step each of its three launches takes.
-codes: attention over 2, 4 and 8-bit codes at 127K, batch 16, first compared with the reference on a short cache.
 """
 
 import itertools
@@ -14,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-from macbench_kernels import Codes, MacParams, PagedKVCache, PagePool, Scheme, quantised, triton_attend, triton_mac, triton_match, triton_quantised
+from macbench_kernels import MacParams, triton_attend, triton_mac, triton_match
 from macbench_kernels.triton_spans import MAC
 
 from macbench.attention.problem import Cell, Problem, Stream
@@ -53,59 +52,6 @@ def full(cells, variants) -> None:
                 f"full {heads} b={batch} {ctx} {variant}", problem.cell.cache_bytes,
                 lambda layer, v=variant, p=problem: triton_attend.attend_full(p.q[layer], p.cache, layer, p.cell.scale, p.cell.dtype, **v), layers,
             )  # fmt: skip
-
-
-SCHEMES = {2: (Scheme(2, 32, 1), Scheme(2, 1, 32)), 4: (Scheme(4, 32, 1), Scheme(4, 1, 32)), 8: (Scheme(8, 1, 128, symmetric=True),) * 2}
-CODES = [
-    {"block": block, "stages": stages, "warps": 4, "occupancy": each, "registers": registers}
-    for block, stages, each, registers in (
-        (64, 3, 2, None), (64, 4, 2, None), (64, 3, 3, 168), (64, 3, 4, 128), (128, 2, 2, None), (128, 3, 2, None), (128, 2, 3, 168)
-    )
-]  # fmt: skip
-
-
-def _coded(bits: int, batch: int, ctx: int, length: int):
-    """Random queries, an otherwise filled cache and its codes; short ones are real, long ones are any bits, with small parameters."""
-    torch.manual_seed(0)
-    kv_heads, dim, page = 8, 128, 16
-    pool = PagePool(1, kv_heads, dim, batch * -(-ctx // page), page, torch.bfloat16, "cuda")
-    pool.k.normal_()
-    pool.v.normal_()
-    cache = PagedKVCache(pool, batch)
-    cache.extend(ctx)
-    cache.lengths.fill_(length)
-    cache.host_lengths = [length] * batch
-
-    def zeros(name, *size, dtype):
-        return torch.zeros(size, dtype=dtype, device="cuda")
-
-    both = [Codes.create(scheme, batch, kv_heads, ctx, dim, zeros) for scheme in SCHEMES[bits]]
-    whole = (length - 1) // 128 * 128 if bits < 8 else length
-    stops = [torch.full((batch,), stop, dtype=torch.int32, device="cuda") for stop in (whole, length - 129 if bits < 8 else length)]
-    for side, codes in enumerate(both):
-        if ctx <= 1024:
-            for request in range(batch):
-                codes.write(request, 0, cache.stacked(slice(0, 1), request, 0, whole, side)[0])
-        else:
-            codes.words.random_(-(2**31), 2**31 - 1)
-            codes.scale.uniform_(0.01, 0.1)
-    return torch.randn(batch, 4 * kv_heads, dim, device="cuda", dtype=torch.bfloat16), cache, (*both, *stops)
-
-
-def codes(variants=CODES, batch=16, ctx=127 << 10) -> None:
-    for bits, schemes in SCHEMES.items():
-        q, cache, args = _coded(bits, 3, 1024, 1000)
-        long_q, long_cache, long_args = _coded(bits, batch, ctx, ctx)
-        want = quantised.attend_quantised(q.double(), cache, 0, *args, 128**-0.5)
-        read = batch * 8 * ctx * sum(s.row_bytes(128) for s in schemes)
-        for variant in variants:
-            try:
-                got = triton_quantised.attend_quantised(q, cache, 0, *args, 128**-0.5, **variant)
-                error = max(float((a.double() - b).abs().max()) for a, b in zip((got.out, got.lse), (want.out, want.lse), strict=True))
-            except Exception:  # attempt says what it is
-                error = float("nan")
-            label = f"{bits} bits {variant} error {error:.1e}"
-            attempt(label, read, lambda i, v=variant: triton_quantised.attend_quantised(long_q, long_cache, 0, *long_args, 128**-0.5, **v), 1)
 
 
 def mac(cells, variants, rates=(1.0,), early=(True, False)) -> None:
@@ -180,8 +126,6 @@ def main(what: list[str]) -> None:
         mac([(four, 16, 32768, 3), (four, 1, 32768, 38), (eight, 4, 32768, 10)], few, rates=(1.0, 0.9), early=(True,))
     if "parts" in what:
         parts([(eight, 1, 32768, 38), (eight, 16, 32768, 3), (eight, 64, 16384, 1)])
-    if "codes" in what:
-        codes()
     if "profile" in what:  # for ncu: a few launches of each kernel
         for batch, ctx in ((1, 32768), (16, 32768), (64, 16384)):
             problem = Problem(Cell(*eight, batch, ctx), "cuda", 1, 4, 0)

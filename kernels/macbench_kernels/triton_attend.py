@@ -230,22 +230,17 @@ def join(top, total, acc, other_top, other_total, other_acc):
 @triton.jit
 def _merge_pieces(
     part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs, few, long,
-    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
-    SLICE: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
+    group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: a slice of the channels of the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq.
-
-    SLOTS: states that every piece consists of.
-    """
+    """One program: a slice of the channels of the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
     follow(EARLY)
     at, span = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     item, column = at // group * COUNT + span, at % group
     before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
     first, count = piece_range(before, upto, 0, whole, programs, few, long)
-    first, count = (first + item) * SLOTS, count * SLOTS
-    lse, out = load_pieces(part_ptr, part_lse_ptr, first, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
-    top, total, acc = gather_pieces(lse, out, part_ptr, part_lse_ptr, first, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
+    lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
+    top, total, acc = gather_pieces(lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
     norm, lse = finish(top, total)
     target = span * rows + at
     if tl.program_id(1) == 0:
@@ -354,6 +349,6 @@ def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> 
     slices, tile = pieces.merging(batch * heads * count)
     _merge_pieces[(batch * heads, slices, count)](
         pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs, pieces.few, pieces.long,
-        group=pieces.columns, dim=dim, COUNT=count, SLOTS=1, EARLY=early, **tile, **launch_options(early),
+        group=pieces.columns, dim=dim, COUNT=count, EARLY=early, **tile, **launch_options(early),
     )  # fmt: skip
     return State(out, lse)

@@ -173,6 +173,6 @@ def attend_selected(
         )  # fmt: skip
         _merge_pieces[(batch * heads, slices, 1)](
             part, part_lse, before, out, lse, batch * heads, items, programs, programs, 1,
-            group=columns, dim=dim, COUNT=1, SLOTS=1, EARLY=early, **tile, **launch_options(early),
+            group=columns, dim=dim, COUNT=1, EARLY=early, **tile, **launch_options(early),
         )  # fmt: skip
     return State(out, lse)

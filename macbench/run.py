@@ -163,6 +163,7 @@ def target(cfg: DictConfig) -> Path:
         return command.target(cfg.runs_dir, method, contexts, resolved)
     dtype = resolve_dtype(cfg.model, resolve_device(cfg.device))
     rest = {key: OmegaConf.to_container(cfg, resolve=True)[key] for key in ("model", "seed")}
+    task = {key: value for key, value in task.items() if key not in LOCATION_KEYS}
     name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)} | rest)
     return Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
 

@@ -38,7 +38,7 @@ def jobs(name: str, scale: str) -> list[str] | str:
 
 
 def located(overrides: list[str], data: Path | None) -> list[str]:
-    """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace that of its sources, for task=decode RULER's essays."""
+    """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace its sources', for task=decode RULER's."""
     if data is None:
         return []
     task = next(o.partition("=")[2] for o in overrides if o.startswith("task="))

@@ -214,7 +214,7 @@ def run_trace(cfg: DictConfig) -> int:
     settings.build_variants(cfg)  # the method's own checks of its knobs
     task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
     command.check(task, method)
-    if (target(cfg) / "texts.parquet").exists():
+    if (target(cfg) / "config.yaml").exists():  # written last, when every text is there
         print(f"nothing left to compute: {target(cfg)} is there", file=sys.stderr)
         return 0
     layer, chat = _kernels(cfg.backend, device), load_chat(cfg.model)

@@ -33,7 +33,7 @@ def test_every_command_composes_and_gets_its_data(scale, tmp_path):
             assert "ruler" in read and all(place == folders[name] for name, place in read.items())
         else:
             assert cfg.task.get("data_path") == folders.get({"decode": "ruler"}.get(cfg.task.name, cfg.task.name))
-        assert (scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode")
+        assert scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode"
 
 
 def test_a_scale_without_commands_says_why():

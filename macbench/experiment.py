@@ -38,11 +38,11 @@ def jobs(name: str, scale: str) -> list[str] | str:
 
 
 def located(overrides: list[str], data: Path | None) -> list[str]:
-    """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace that of its sources."""
+    """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace its sources', for task=decode RULER's."""
     if data is None:
         return []
     task = next(o.partition("=")[2] for o in overrides if o.startswith("task="))
-    keys = {"task": task}
+    keys = {"task": "ruler" if task == "decode" else task}
     if task == "trace":  # RULER is a source of it always, others where the preset says so
         others = [name for name in ("longbench_v2", "longgenbench") if any(o.startswith(f"task.sources.{name}=") for o in overrides)]
         keys = {f"task.sources.{name}": name for name in ("ruler", *others)}

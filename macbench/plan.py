@@ -18,11 +18,13 @@ _SHOWN = 12  # lines of cells
 
 @dataclass
 class Plan:
-    """``cells``: a line each, with True if its result is there. ``folder``: where results go. ``note``: what could not be found out."""
+    """``cells``: a line each, with True if its result is there. ``folder``: where results go. ``note``: what could not be found out.
+    ``variants``: how many cells share a prefill."""
 
     cells: list[tuple[str, bool]]
     folder: Path
     note: str = ""
+    variants: int = 1
 
     @property
     def missing(self) -> int:
@@ -53,7 +55,7 @@ def plan(cfg: DictConfig) -> Plan:
     if cfg.task.name == "trace":
         target = run.target(cfg)
         names = [f"{task}/{subtask}/{i}" for task, subtask, count in _sources(cfg) for i in range(count)]
-        return Plan([(name, (target / "texts.parquet").exists()) for name in names], target)
+        return Plan([(name, (target / "config.yaml").exists()) for name in names], target)  # written when every text is there
     try:
         prepared = run.prepare(cfg)
     except ConfigError as error:
@@ -63,7 +65,7 @@ def plan(cfg: DictConfig) -> Plan:
     folder = run.run_folder(cfg, prepared)
     done = _done(folder)
     wanted = [(v.name, v.label, subtask, str(i)) for subtask, i in prepared.asked.places() for v in prepared.variants]
-    return Plan([(" ".join(filter(None, key)), key in done) for key in wanted], folder)
+    return Plan([(" ".join(filter(None, key)), key in done) for key in wanted], folder, variants=len(prepared.variants))
 
 
 def _done(folder: Path) -> set[tuple]:
@@ -108,11 +110,13 @@ def forecast(cfg: DictConfig, found: Plan, pace: float | None, gpu: bool = False
         return None, 0.0, ""
     rates = rates.assign(far=(rates.ctx / cli.parse_ctx(cfg.ctx) - 1).abs()).sort_values("far")
     best = rates.iloc[0]
-    return found.missing * best.seconds, found.missing * best.disk, f" (at {best.seconds:.2g} s per cell, measured in {best.run})"
+    seconds = best.prefill / found.variants + best.decode
+    return found.missing * seconds, found.missing * best.disk, f" (at {seconds:.2g} s per cell, measured in {best.run})"
 
 
 def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
-    """Seconds and bytes per (example, variant) of recorded runs of the same model and kind of task on the same kind of machine."""
+    """Seconds of prefill per example, and of decoding and bytes per (example, variant), of recorded runs of the same model and kind of task
+    on the same kind of machine."""
     from macbench.models.weights import resolve_device
     from macbench.run import model_name
 
@@ -132,11 +136,10 @@ def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
                 continue
             frame = read_table(folder, "samples", ["prefill_s", "decode_s", "error", "ctx"])
             frame = frame[frame.error.isna()]
-            variants = max(1, read_table(folder, "samples", ["method", "variant"]).drop_duplicates().shape[0])
             size = sum(p.stat().st_size for p in folder.glob("*/*.parquet")) / max(1, len(frame))
             if len(frame):
-                seconds = frame.prefill_s.mean() / variants + frame.decode_s.mean() / batch
-                rows.append({"seconds": seconds, "disk": size, "ctx": frame.ctx.iloc[0], "run": str(folder)})
+                prefill, decode = frame.prefill_s.mean(), frame.decode_s.mean() / batch
+                rows.append({"prefill": prefill, "decode": decode, "disk": size, "ctx": frame.ctx.iloc[0], "run": str(folder)})
     return rows
 
 

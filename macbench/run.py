@@ -163,6 +163,7 @@ def target(cfg: DictConfig) -> Path:
         return command.target(cfg.runs_dir, method, contexts, resolved)
     dtype = resolve_dtype(cfg.model, resolve_device(cfg.device))
     rest = {key: OmegaConf.to_container(cfg, resolve=True)[key] for key in ("model", "seed")}
+    task = {key: value for key, value in task.items() if key not in LOCATION_KEYS}
     name = config_hash({"task": task, "method": method, "ctx": contexts, "backend": cfg.backend, "dtype": str(dtype)} | rest)
     return Path(cfg.runs_dir) / "decode" / model_name(cfg) / f"{method['name']}-{name}.parquet"
 
@@ -213,7 +214,7 @@ def run_trace(cfg: DictConfig) -> int:
     settings.build_variants(cfg)  # the method's own checks of its knobs
     task, method = (OmegaConf.to_container(node, resolve=True) for node in (cfg.task, cfg.method))
     command.check(task, method)
-    if (target(cfg) / "texts.parquet").exists():
+    if (target(cfg) / "config.yaml").exists():  # written last, when every text is there
         print(f"nothing left to compute: {target(cfg)} is there", file=sys.stderr)
         return 0
     layer, chat = _kernels(cfg.backend, device), load_chat(cfg.model)

@@ -1,6 +1,7 @@
 """Presets: every one composes at every scale, says what it would do, and runs."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -17,13 +18,22 @@ def test_one_preset_per_item_of_the_paper():
 
 
 @pytest.mark.parametrize("scale", experiment.SCALES)
-def test_every_command_composes(scale):
-    """Groups, keys and values exist; checked once per distinct command."""
+def test_every_command_composes_and_gets_its_data(scale, tmp_path):
+    """Groups, keys and values exist, and whatever reads files is told where they are; checked once per distinct command."""
+    folders = {name: str(tmp_path / name) for name in ("ruler", "longbench_v2", "longgenbench")}
+    for folder in folders.values():
+        Path(folder).mkdir()
     commands = {job for name in NAMES if not isinstance(found := experiment.jobs(name, scale), str) for job in found}
     assert len(commands) >= 7
     for job in commands:
-        cfg = experiment.configuration(shlex.split(job))
-        assert cfg.task.name and (scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode")
+        overrides = shlex.split(job)
+        cfg = experiment.configuration(overrides + experiment.located(overrides, tmp_path))
+        if cfg.task.name == "trace":
+            read = {name: source.data_path for name, source in cfg.task.sources.items() if source is not None}
+            assert "ruler" in read and all(place == folders[name] for name, place in read.items())
+        else:
+            assert cfg.task.get("data_path") == folders.get({"decode": "ruler"}.get(cfg.task.name, cfg.task.name))
+        assert scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode"
 
 
 def test_a_scale_without_commands_says_why():
@@ -68,6 +78,12 @@ def test_a_dry_run_lists_cells_and_what_is_there(tmp_path, capsys):
     run.target(cfg).parent.mkdir(parents=True)
     run.target(cfg).write_bytes(b"")
     assert plan.plan(cfg).missing == 0 and "nothing to do" in plan.describe(cfg, 1.0)
+
+
+def test_where_essays_lie_is_no_part_of_a_latency_run(tmp_path):
+    job = [*shlex.split(experiment.jobs("fig7", "cpu")[0]), f"runs_dir={tmp_path}"]
+    names = {run.target(experiment.configuration([*job, f"task.data_path={place}"])) for place in ("here", "there")}
+    assert len(names) == 1
 
 
 def test_cells_of_a_benchmark_are_examples_by_variant(tmp_path):

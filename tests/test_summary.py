@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from macbench import report, stats
+from macbench import merge, report, stats
 from macbench.counting import TOTALS
 from macbench.summary import COLUMNS, headline, summarise
 from macbench.tables import format_summary, format_table
@@ -112,6 +113,19 @@ def test_the_reference_run_is_what_its_rows_say():
         kept = [dict.fromkeys(COLUMNS) | row for row in json.loads((run / "summary.json").read_text())]  # older ones have fewer columns
         assert kept == json.loads(table.to_json(orient="records", indent=1))
         assert not headline(table).empty
+
+
+def test_a_summary_made_anew_is_the_reference_runs_own(tmp_path):
+    """What was asked is listed there in another order than the protocol has."""
+    (reference,) = REFERENCE.iterdir()
+    run = shutil.copytree(reference, tmp_path / reference.relative_to(REFERENCE.parents[2]))
+    asked = json.loads((run / "asked.json").read_text())
+    (run / "asked.json").write_text(json.dumps(asked | {"examples": dict(sorted(asked["examples"].items()))}))
+    kept = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    merge.summary(run)
+    made = json.loads((run / "summary.json").read_text())
+    assert [(r["method"], r["subtask"], r["score"]) for r in made] == [(r["method"], r["subtask"], r["score"]) for r in kept]
 
 
 def test_rows_over_all_subtasks_alone_are_the_same_rows():

@@ -35,15 +35,18 @@ def check(task: dict, method: dict) -> None:
 
 
 def run(task: dict, method: dict, model, examples: list, engine: Engine, target: Path, facts: dict, config: str) -> int:
-    """One trace. Returns the exit code: 0, or 1 if no text was long enough.
+    """One trace. Returns the exit code: 0, or 1 if no text was long enough. Texts that ``target`` has are kept; its tables grow batch by batch.
 
     ``examples``: see ``prompts.examples``; ``facts``: for the metadata; ``config``: the whole configuration as YAML.
     """
     reach = max(*task["windows"], method["window"])
-    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in records.SCHEMAS}
+    tables = records.read(target)
+    there = set(tables["texts"][records.KEY].itertuples(index=False, name=None)) if tables else set()
+    examples = [(name, example) for name, example in examples if (name, example.subtask, example.example_id) not in there]
     began, full = perf_counter(), Full()
     for start in range(0, len(examples), engine.batch):
         group = examples[start : start + engine.batch]
+        frames = {name: [tables[name]] if name in tables else [] for name in records.SCHEMAS}
         for (name, example), tokens in zip(group, _written(engine, model, full, [example for _, example in group]), strict=True):
             ids = example.input_ids + tokens[:-1]  # the last token has been chosen, not processed
             steps = min(len(tokens) - 1, len(ids) - reach)
@@ -58,13 +61,13 @@ def run(task: dict, method: dict, model, examples: list, engine: Engine, target:
                 for table, frame in measure(engine, ids, steps, reach, task, method).items():
                     key = {k: row[k] for k in ("task", "subtask", "example_id")}
                     frames[table].append(frame.assign(**key))
-    tables = {name: pd.concat(found, ignore_index=True) for name, found in frames.items() if found}
-    records.write(target, tables, facts)
+        tables = {name: pd.concat(found, ignore_index=True) for name, found in frames.items() if found}
+        records.write(target, tables, facts)
     for name, text in (("environment.json", environment.to_json(facts)), ("config.yaml", config)):
         write_whole(target / name, lambda file, text=text: file.write(redact(text).encode()))
     print(_table(tables, method))
     print(f"records: {target}")
-    return 0 if "acceptance" in tables else 1
+    return 0 if len(tables.get("acceptance", ())) else 1
 
 
 @torch.inference_mode()
@@ -111,7 +114,7 @@ def _written(engine: Engine, model, full: Full, examples: list) -> list[list[int
 
 def _table(tables: dict[str, pd.DataFrame], method: dict) -> str:
     """Hit rate by layer at the method's own window, for a look."""
-    if "acceptance" not in tables:
+    if not len(tables.get("acceptance", ())):
         return "no text was long enough"
     frame = tables["acceptance"]
     window = min(frame.window.unique(), key=lambda w: abs(w - method["window"]))

@@ -12,6 +12,7 @@ from macbench.redact import redact
 
 _TEXT, _REAL = pa.string(), pa.float64()
 _KEY = [("task", _TEXT), ("subtask", _TEXT), ("example_id", _TEXT)]
+KEY = [name for name, _ in _KEY]
 _LAYER = [*_KEY, ("layer", pa.int32())]
 
 
@@ -39,10 +40,19 @@ SCHEMAS = {
 
 
 def write(folder: Path, frames: dict[str, pd.DataFrame], facts: dict) -> None:
-    """All tables of a trace, each file whole. Columns that a frame lacks become null."""
+    """All tables of a trace, each file whole; the one that says which texts there are comes last. Columns that a frame lacks become null."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, fields in SCHEMAS.items():
+    for name, fields in sorted(SCHEMAS.items(), key=lambda table: table[0] == "texts"):
         schema = pa.schema(fields, metadata={"macbench": redact(json.dumps(facts, default=str))})
         frame = frames.get(name, pd.DataFrame()).reindex(columns=schema.names)
         table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata(schema.metadata)
         write_whole(folder / f"{name}.parquet", lambda file, table=table: pq.write_table(table, file, compression="zstd"))
+
+
+def read(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables of the texts that are finished there; nothing if there are none."""
+    if not (folder / "texts.parquet").exists():
+        return {}
+    found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in SCHEMAS}
+    whole = found["texts"][KEY]
+    return {name: frame.merge(whole, on=KEY) for name, frame in found.items()}

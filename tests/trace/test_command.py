@@ -32,3 +32,13 @@ def test_a_trace_leaves_its_tables_and_is_not_made_twice(tmp_path, capsys):
         assert all(drawn.files[0].exists() for drawn in item.make(Records(tmp_path), tmp_path))
     capsys.readouterr()
     assert run.run(cfg) == 0 and "nothing left to compute" in capsys.readouterr().err
+    # Cut off after its first table: what is finished stays, the rest is as it was.
+    (folder / "config.yaml").unlink()
+    texts = pq.read_table(folder / "texts.parquet")
+    pq.write_table(texts.slice(0, 0), folder / "texts.parquet")
+    assert run.run(cfg) == 0
+    for name, frame in frames.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / f"{name}.parquet"), frame)
+    written = (folder / "texts.parquet").stat().st_mtime_ns
+    (folder / "config.yaml").unlink()
+    assert run.run(cfg) == 0 and (folder / "config.yaml").exists() and (folder / "texts.parquet").stat().st_mtime_ns == written

@@ -50,7 +50,7 @@ def layers(engine: Engine, ids: list[int], steps: int, reach: int) -> Iterator[I
     prompt = engine.prefill(ids, steps + reach)
 
     def each() -> Iterator[Layer]:
-        for i, queries in enumerate(prompt.queries):
+        for i, queries in enumerate(own.to(engine.shape.device) for own in prompt.queries):
             parts = zip(*prompt.cache.slice(i, 0, 0, len(ids)), strict=True)
             k, v = (torch.cat(pieces, 1).float() for pieces in parts)
             yield Layer(queries.q_pre[0].float(), queries.q[0].float(), k, v, queries.first, steps, engine.shape.scale)

@@ -62,12 +62,13 @@ def _mean_probability(
     follow(EARLY)
     pair = tl.program_id(0)
     left = tl.load(left_ptr + pair // kv_heads)
+    used = tl.minimum(tl.cdiv(left, SIZE), units)  # units that have a token; often far fewer than there is room for
     member, column = tl.arange(0, MEMBERS), tl.arange(0, COLUMNS)
     real = member < members
     base = scores_ptr + (tl.zeros([], tl.int64) + pair * members + member)[:, None] * units
     top = tl.full([MEMBERS], float("-inf"), tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
-    for start in range(0, units, COLUMNS):
+    for start in range(0, used, COLUMNS):
         unit = start + column
         score = tl.load(base + unit[None, :], mask=real[:, None] & (unit < units)[None, :], other=float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
@@ -76,11 +77,14 @@ def _mean_probability(
         total = total * tl.exp(top - pivot) + tl.sum(tl.exp(score - pivot[:, None]) * tokens[None, :], 1)
         top = new_top
     pivot, total = tl.maximum(top, -1e30), tl.maximum(total, 1e-30) * members
-    for start in range(0, units, COLUMNS):
+    for start in range(0, used, COLUMNS):
         unit = start + column
         score = tl.load(base + unit[None, :], mask=real[:, None] & (unit < units)[None, :], other=float("-inf"))
         mean = tl.sum(tl.exp(score - pivot[:, None]) / total[:, None], 0)
         tl.store(out_ptr + (tl.zeros([], tl.int64) + pair) * units + unit, mean, mask=unit < units)
+    for start in range(tl.cdiv(used, COLUMNS) * COLUMNS, units, COLUMNS):
+        unit = start + column
+        tl.store(out_ptr + (tl.zeros([], tl.int64) + pair) * units + unit, tl.zeros([COLUMNS], tl.float32), mask=unit < units)
 
 
 def mean_probability(scores: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor:
@@ -116,7 +120,7 @@ def _tokens_from(
     """How many tokens the units have whose keys are at least ``least``."""
     number = tl.sum(tl.where(keys >= least, tokens, 0), 0)
     if not FITS:
-        for start in range(TILE, units, TILE):
+        for start in range(TILE, tl.minimum(tl.cdiv(left, SIZE), units), TILE):  # units that have a token
             more, held = _units(score_ptr, row, start, units, left, SIZE, NEWEST, TILE)
             number += tl.sum(tl.where(more >= least, held, 0), 0)
     return number
@@ -152,7 +156,7 @@ def _select_tokens(
         own = tl.load(kept_ptr + row * keep + newest, mask=(newest >= 0) & (newest < keep), other=0)
         tl.store(places_ptr + row * room, newest, mask=count > 0)
         tl.store(ids_ptr + row * room, tl.where(newest < keep, own, newest + removed), mask=count > 0)
-    for start in range(0, units, PART):
+    for start in range(0, tl.minimum(tl.cdiv(left, SIZE), units), PART):
         some, held = _units(score_ptr, row, start, units, left, SIZE, NEWEST, PART)
         tied = tl.where(some == last, held, 0)
         before = tl.cumsum(tied, 0) - tied

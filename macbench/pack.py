@@ -103,8 +103,8 @@ def _trace(run: Path, target: Path, config: str, environment: dict, hide) -> Pat
 
 
 def _hider(config, command: str):
-    """Replaces the places that a configuration or the command of a run names, wherever they turn up."""
-    named = {str(OmegaConf.select(config, key)) for key in _PLACES} | set(re.findall(r"=(/[^\s,'\"}]+)", command))
+    """Replaces the places that a configuration names, and ``data=`` of a preset's command, wherever they turn up."""
+    named = {str(OmegaConf.select(config, key)) for key in _PLACES} | set(re.findall(r"\bdata=(/[^\s'\"]+)", command))
     places = sorted((place for place in named if "/" in place and place.strip("./")), key=len, reverse=True)
 
     def hide(text: str) -> str:

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from analysis.records import Source
 from macbench import stats
+from macbench.cli import LONG_MODEL
 
 # Okabe and Ito's palette without its yellow. Lines also differ in marker and dashes, for print without colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -79,10 +80,11 @@ def shades(n: int) -> list[tuple[dict, ...]]:
 
 
 def made(sources: Iterable[Source], what: str) -> str:
-    """Provenance: what was run, machine and commit."""
+    """Provenance: what was run, machine and commit; and where a probe in a model's place was, that its scores are its own."""
     sources = list(sources)
     devices, commits = (", ".join(dict.fromkeys(getattr(s, key) for s in sources)) for key in ("device", "commit"))
-    return f"{what}. {devices}; commit {commits}."
+    probe = f" {LONG_MODEL} is a probe of reads and hits: its scores say nothing about SmolLM2."
+    return f"{what}. {devices}; commit {commits}.{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}"
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:

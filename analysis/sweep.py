@@ -46,6 +46,7 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
     figure, panels = plt.subplots(len(bands), 3, figsize=(style.WIDTH, 0.5 + 1.45 * len(bands)), layout="constrained", squeeze=False)
     for row, band in zip(panels, bands, strict=True):
         part = table if np.isnan(band) else table[table.band == band]
+        apart = part.assign(apart=(part.difference_low > 0) | (part.difference_high < 0)).pivot(index="tau", columns="window", values="apart")
         for axes, (column, label) in zip(row, _SHOWN.items(), strict=True):
             grid = part.pivot(index="tau", columns="window", values=column)
             high = max(0.01, np.nanmax(np.abs(table[column])))
@@ -58,7 +59,7 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
                 axes.text(
                     j,
                     i,
-                    f"{value:+.3f}" if column == "difference" else f"{value:.2f}",
+                    f"{value:+.3f}{'*' * bool(apart.iloc[i, j])}" if column == "difference" else f"{value:.2f}",
                     ha="center",
                     va="center",
                     fontsize=6.5,
@@ -74,7 +75,8 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
         axes.set_xlabel("window K")
     first = table.iloc[0]
     half = ((table.difference_high - table.difference_low) / 2).max()
-    spread = "One example per subtask gives no interval." if np.isnan(half) else f"Paired 95% intervals of the differences reach up to ±{half:.3f}."
+    spread = f"Paired 95% intervals of the differences reach up to ±{half:.3f}; * the interval leaves out 0."
+    spread = "One example per subtask gives no interval." if np.isnan(half) else spread
     task, model, ctx = run.parts[-4:-1]
     full = records.headline(run).query("method == 'full'").score
     what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples per variant"

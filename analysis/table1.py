@@ -52,14 +52,18 @@ def scored(mean: float, error: float) -> str:
     return f"{mean:.3f}" if pd.isna(error) else f"{mean:.3f} ± {error:.3f}"
 
 
+def differing(row) -> str:
+    """A difference to full attention with its interval, if it has one; none without width, which would say too much."""
+    interval = "" if pd.isna(row.difference_low) else f" [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
+    return f"{row.difference:+.3f}{interval if row.wins + row.losses else ', none differs'}"
+
+
 def shown(found: pd.DataFrame) -> pd.DataFrame:
     """As text."""
     rows = []
     for r in found.itertuples():
-        interval = "" if pd.isna(r.difference_low) else f" [{r.difference_low:+.3f}, {r.difference_high:+.3f}]"
-        interval = interval if r.wins + r.losses else ", none differs"  # an interval without width would say too much
         row = {"model": r.model, "benchmark": f"{r.task} {style.tokens(r.ctx)}", "n": str(r.examples), "full": scored(r.full, r.full_se)}
-        row |= {"MAC": scored(r.mac, r.mac_se), "difference [95%]": f"{r.difference:+.3f}{interval}", "hit rate": f"{r.hit_rate:.3f}"}
+        row |= {"MAC": scored(r.mac, r.mac_se), "difference [95%]": differing(r), "hit rate": f"{r.hit_rate:.3f}"}
         saved = {
             f"{name} saved": f"{100 * (1 - getattr(r, rho)):.1f}%"
             for name, rho in (("tokens", "rho_log"), ("rows", "rho_phys"), ("bytes", "rho_bytes"))

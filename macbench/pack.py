@@ -7,10 +7,13 @@ RUN becomes TARGET/<task>/<model>/<ctx>/<name> and stays as it is. Rows are take
 - the name follows from ``identity`` and ``protocol`` again, if a folder of the machine was part of it
 - ``summary.json`` is made anew from the rows, and ``asked.json`` if the run has none
 
+A trace has one file per table already: it is copied without host and folders, under its name.
+
 ``environment.json`` lists under ``packed`` what of this was done. The result is then checked like any run (see ``verify.py``).
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ from macbench.errors import FOREIGN, ConfigError, one_line
 from macbench.files import write_whole
 from macbench.merge import summary
 from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
+from macbench.trace import records as trace
 from macbench.untrusted import configuration
 from macbench.verify import verify
 
@@ -36,7 +40,9 @@ def pack(run: Path, target: Path) -> Path:
     """Returns the new folder. Raises a ConfigError for what cannot be packed."""
     environment = _json(run / "environment.json")
     config = configuration(run)
-    hide = _hider(config)
+    hide = _hider(config, str(environment.get("command")))
+    if config.get("task", {}).get("name") == "trace":
+        return _trace(run, target, hide(OmegaConf.to_yaml(config)), environment, hide)
     identity, protocol = environment.get("identity"), environment.get("protocol")
     name, done = run.resolve().name, []
     if identity is not None:
@@ -77,9 +83,28 @@ def pack(run: Path, target: Path) -> Path:
     return into
 
 
-def _hider(config):
-    """Replaces the places that a configuration names, wherever they turn up."""
-    named = {str(OmegaConf.select(config, key)) for key in _PLACES}
+def _trace(run: Path, target: Path, config: str, environment: dict, hide) -> Path:
+    """A trace without host and folders; rows as they are."""
+    into = target.joinpath(*run.resolve().parts[-4:])
+    if into.exists():
+        raise ConfigError("TARGET", into, "is there already")
+    into.mkdir(parents=True)
+    hidden = hide(json.dumps({key: value for key, value in environment.items() if key != "host"}, indent=1))
+    for table, fields in trace.SCHEMAS.items():
+        try:
+            data = pq.read_table(run / f"{table}.parquet", schema=pa.schema(fields))
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError("RUN", run / f"{table}.parquet", f"cannot be read ({one_line(error)})") from None
+        data = data.replace_schema_metadata({"macbench": hidden})
+        write_whole(into / f"{table}.parquet", lambda file, data=data: pq.write_table(data, file, compression="zstd"))
+    for name, text in (("environment.json", hidden + "\n"), ("config.yaml", config)):
+        write_whole(into / name, lambda file, text=text: file.write(text.encode()))
+    return into
+
+
+def _hider(config, command: str):
+    """Replaces the places that a configuration or the command of a run names, wherever they turn up."""
+    named = {str(OmegaConf.select(config, key)) for key in _PLACES} | set(re.findall(r"=(/[^\s,'\"}]+)", command))
     places = sorted((place for place in named if "/" in place and place.strip("./")), key=len, reverse=True)
 
     def hide(text: str) -> str:
@@ -131,6 +156,9 @@ def main() -> None:
             raise ConfigError("RUN", "", "name a target and runs: python -m macbench.pack runs/reference runs/ruler/smollm2/4096/mac-1a2b3c4d")
         for run in folders[1:]:
             made = pack(run, folders[0])
+            if (made / "texts.parquet").exists():
+                print(f"{run} -> {made}: a trace, whose rows nothing else vouches for")
+                continue
             found = verify(made)
             wrong += len(found.wrong)
             print(f"{run} -> {made}: {found.text()}", end="")

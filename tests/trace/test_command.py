@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from analysis import fig5, table6
 from analysis.records import Records
-from macbench import run
+from macbench import pack, run
 from macbench.experiment import configuration
 from macbench.trace.records import SCHEMAS
 
@@ -30,6 +30,14 @@ def test_a_trace_leaves_its_tables_and_is_not_made_twice(tmp_path, capsys):
     assert (facts["model"], facts["method"]["band"]) == ("smollm2", 16) and (folder / "config.yaml").exists()
     for item in (fig5, table6):
         assert all(drawn.files[0].exists() for drawn in item.make(Records(tmp_path), tmp_path))
+    # Kept without where it was made, rows as they are.
+    kept = pack.pack(folder, tmp_path / "kept")
+    assert kept == tmp_path / "kept" / folder.relative_to(tmp_path)
+    for name, frame in frames.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(kept / f"{name}.parquet"), frame)
+    packed = json.loads(pq.read_schema(kept / "gaps.parquet").metadata[b"macbench"])
+    assert "host" in facts and packed == json.loads((kept / "environment.json").read_text()) and "host" not in packed
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in kept.iterdir())
     capsys.readouterr()
     assert run.run(cfg) == 0 and "nothing left to compute" in capsys.readouterr().err
     # Cut off after its first table: what is finished stays, the rest is as it was.

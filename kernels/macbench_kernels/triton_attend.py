@@ -4,8 +4,6 @@ A piece is what one program read of one item (see triton_spans): normalised outp
 Walking its share, a program meets items in ascending order, so ``program + item`` numbers all pieces without gaps or clashes.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -19,9 +17,6 @@ from macbench_kernels.triton_spans import FAR, FULL, MAC, SPANS, bounds, extent,
 _PROLOGUE_ELEMENTS = 4096
 # (request, KV head) pairs from which on short reads are many.
 _MANY_UNITS, _VERY_MANY_UNITS = 32, 256
-# Tiles from which on a share keeps a multiprocessor busy without another program beside it.
-_LONG = int(os.environ.get("MACBENCH_TMP_LONG", "16"))  # temporary: for comparison on a GPU
-_FEW = int(os.environ.get("MACBENCH_TMP_FEW", "0"))  # temporary: for comparison on a GPU
 # Tile of a merging program in elements, its fewest channels, and how many programs are enough.
 _MERGE_ELEMENTS = 512
 _THINNEST = 16
@@ -83,7 +78,7 @@ def _place(item, count, items, passed, begin, end, before_ptr):
 @triton.jit
 def _attend_shares(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, spans_ptr, keys_ptr, part_ptr, part_lse_ptr, before_ptr, scale,
-    batch, items, few, long, table_stride, head_stride, radius, band, sink,
+    batch, items, table_stride, head_stride, radius, band, sink,
     heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr,
     COUNT: tl.constexpr, SIDES: tl.constexpr, SOURCE: tl.constexpr, SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -106,7 +101,7 @@ def _attend_shares(
             heads=heads, capacity=capacity, group=group, HEADS=HEADS, BLOCK=BLOCK, COUNT=COUNT, SOURCE=SOURCE, SPLITS=SPLITS,
         )  # fmt: skip
         total += tl.sum(more, 0)
-    share = tiles_each(total, programs, few, long)
+    share = tl.cdiv(total, programs)
     begin = program * share
     end = tl.minimum(begin + share, total)
     first_item, at, last_item = _place(lane, count, items, 0, begin, end, before_ptr)
@@ -171,17 +166,9 @@ def _attend_shares(
 
 
 @triton.jit
-def tiles_each(total, programs, few, long):
-    """Tiles of a program. Reads long enough for ``few`` programs to stream ``long`` tiles each are left to them, the others find nothing:
-    one stream per multiprocessor is as fast as several, and there are fewer pieces to merge."""
-    share = tl.cdiv(total, few)
-    return tl.maximum(tl.where(share >= long, share, tl.cdiv(total, programs)), 1)
-
-
-@triton.jit
-def piece_range(before, upto, skip, total, programs, few, long):
+def piece_range(before, upto, skip, total, programs):
     """(first piece relative to the item, number of pieces) of an item with the tiles [before, upto), its first ``skip`` tiles left out."""
-    share = tiles_each(total, programs, few, long)
+    share = tl.maximum(tl.cdiv(total, programs), 1)
     first = (before + skip) // share
     return first, tl.where(upto > before, (upto - 1) // share - first + 1, 0)
 
@@ -229,7 +216,7 @@ def join(top, total, acc, other_top, other_total, other_acc):
 
 @triton.jit
 def _merge_pieces(
-    part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs, few, long,
+    part_ptr, part_lse_ptr, before_ptr, out_ptr, lse_ptr, rows, items, programs,
     group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of the channels of the state of one (request, head) over one span. out [S, rows, dim], lse [S, rows], rows = B * Hq."""
@@ -238,7 +225,7 @@ def _merge_pieces(
     channel = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     item, column = at // group * COUNT + span, at % group
     before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
-    first, count = piece_range(before, upto, 0, whole, programs, few, long)
+    first, count = piece_range(before, upto, 0, whole, programs)
     lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
     top, total, acc = gather_pieces(lse, out, part_ptr, part_lse_ptr, first + item, count, column, channel, columns=group, dim=dim, PIECES=PIECES)
     norm, lse = finish(top, total)
@@ -249,8 +236,7 @@ def _merge_pieces(
 
 
 def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
-    """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor, and of how many of these (``few``)
-    so many tiles (``long``) are enough.
+    """Tile and pipeline of the persistent kernel: keys per tile, stages, warps, programs per multiprocessor.
 
     Block tables are loaded through the same pipeline, one step ahead, so that 5 stages hold 3 tiles of K and V and 3 stages hold 2.
     Matrix units want 64 keys of a half-precision type; 2 or 3 tiles of K and V must fit into shared memory. Long reads do best with one
@@ -258,11 +244,11 @@ def tuning(dim: int, sides: int, itemsize: int, units: int) -> dict:
     for very many, three programs get in each other's way when they stream long prefixes.
     """
     if itemsize > 2:
-        return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1, "few": 1, "long": _LONG}
+        return {"block": 16, "stages": 3, "warps": 4, "occupancy": 1}
     stages, occupancy = (5, 1) if sides == 1 else (3, 3) if _MANY_UNITS <= units < _VERY_MANY_UNITS else (5, 2)
     if dim > 128:
         stages, occupancy = 3, 1
-    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy, "few": min(occupancy, _FEW or max(1, occupancy - 1)), "long": _LONG}
+    return {"block": 64, "stages": stages, "warps": 4, "occupancy": occupancy}
 
 
 class Pieces:
@@ -284,7 +270,6 @@ class Pieces:
         self.items = batch * kv_heads * count
         most = self.items * triton.cdiv(table.shape[1] * page, knobs["block"])
         self.programs = max(1, min(processors(q.device) * knobs["occupancy"], most))
-        self.few, self.long = min(processors(q.device) * knobs["few"], self.programs), knobs["long"]
         pieces = self.programs + self.items
         self.part = torch.empty(pieces, self.columns, dim, dtype=torch.float32, device=q.device)
         self.part_lse = torch.empty(pieces, self.columns, dtype=torch.float32, device=q.device)
@@ -293,7 +278,7 @@ class Pieces:
         chunk = max(16, min(triton.next_power_of_2(self.items), _PROLOGUE_ELEMENTS // wide))
         _attend_shares[(self.programs,)](
             q, k, v, table, lengths, spans, keys, self.part, self.part_lse, self.before, scale * LOG2E.value,
-            batch, self.items, self.few, self.long, table.stride(0), k.stride(0), radius, band, sink,
+            batch, self.items, table.stride(0), k.stride(0), radius, band, sink,
             heads=heads, capacity=capacity, group=group, dim=dim, page=page,
             COUNT=count, SIDES=sides, SOURCE=source.value, SPLITS=1 if keys is None else keys.shape[0],
             COLUMNS=max(16, triton.next_power_of_2(self.columns)), HEADS=wide, DIM=triton.next_power_of_2(dim), BLOCK=knobs["block"],
@@ -348,7 +333,7 @@ def _merged(q: torch.Tensor, pieces: Pieces, count: int, dtype: torch.dtype) -> 
     early = dependent_launch(q.device)
     slices, tile = pieces.merging(batch * heads * count)
     _merge_pieces[(batch * heads, slices, count)](
-        pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs, pieces.few, pieces.long,
+        pieces.part, pieces.part_lse, pieces.before, out, lse, batch * heads, pieces.items, pieces.programs,
         group=pieces.columns, dim=dim, COUNT=count, EARLY=early, **tile, **launch_options(early),
     )  # fmt: skip
     return State(out, lse)

@@ -18,7 +18,7 @@ from macbench_kernels.triton_spans import MAC, mac_limits, mac_start
 def _append(
     q_ptr, ring_q_ptr, ring_out_ptr, ring_lse_ptr, ring_depth_ptr, lengths_ptr, keys_ptr, found_ptr, part_ptr, part_lse_ptr, before_ptr,
     out_ptr, spans_ptr, looked_up_ptr, hit_ptr, chain_ptr,
-    rows, items, programs, few, long, radius, band, sink,
+    rows, items, programs, radius, band, sink,
     heads: tl.constexpr, capacity: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -39,9 +39,9 @@ def _append(
     follow(EARLY)
 
     before, upto, whole = tl.load(before_ptr + item), tl.load(before_ptr + item + 1), tl.load(before_ptr + items)
-    first, count = piece_range(before, upto, 0, whole, programs, few, long)
+    first, count = piece_range(before, upto, 0, whole, programs)
     # Tiles before the last band / BLOCK + 1 hold no key of the band.
-    late, late_count = piece_range(before, upto, tl.maximum(upto - before - tl.cdiv(band, BLOCK) - 1, 0), whole, programs, few, long)
+    late, late_count = piece_range(before, upto, tl.maximum(upto - before - tl.cdiv(band, BLOCK) - 1, 0), whole, programs)
     lse, out = load_pieces(part_ptr, part_lse_ptr, first + item, count, column, channel, columns=2 * group, dim=dim, PIECES=PIECES)
     late_lse, late_out = load_pieces(
         part_ptr, part_lse_ptr, late + item, late_count, column + group, channel, columns=2 * group, dim=dim, PIECES=PIECES
@@ -55,7 +55,7 @@ def _append(
         late_lse, late_out, part_ptr, part_lse_ptr, late + item, late_count, column + group, channel, columns=2 * group, dim=dim, PIECES=PIECES
     )
     if COUNT == 2:
-        first, count = piece_range(upto, tl.load(before_ptr + item + 2), 0, whole, programs, few, long)
+        first, count = piece_range(upto, tl.load(before_ptr + item + 2), 0, whole, programs)
         first += item + 1
         lse, out = load_pieces(part_ptr, part_lse_ptr, first, count, column + group, channel, columns=2 * group, dim=dim, PIECES=PIECES)
         sink_top, sink_total, sink_acc = gather_pieces(
@@ -116,7 +116,7 @@ def mac_step(
         _append[(batch * heads, slices)](
             q_pre, ring.q, ring.out, ring.lse, ring.depth, cache.lengths, keys, found, pieces.part, pieces.part_lse, pieces.before,
             out, spans, looked_up, hit, chain,
-            batch * heads, pieces.items, pieces.programs, pieces.few, pieces.long, params.radius, params.band, params.sink,
+            batch * heads, pieces.items, pieces.programs, params.radius, params.band, params.sink,
             heads=heads, capacity=ring.capacity, group=heads // cache.pool.kv_heads, dim=dim, COUNT=count,
             BLOCK=pieces.block, SPLITS=keys.shape[0], EARLY=early, **tile, **launch_options(early),
         )  # fmt: skip

@@ -7,8 +7,6 @@ The rows of a head are split over several programs. A split leaves one int64 per
 so that the minimum over splits is the nearest row and ties go to the lowest. Whoever needs the match takes that minimum itself.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,6 @@ BLOCK_ROWS = 64
 # Rows of a head are split until there are about this many programs per multiprocessor.
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 8
-_AHEAD = os.environ.get("MACBENCH_TMP_AHEAD", "1") == "1"  # temporary: for comparison on a GPU
 NOTHING: tl.constexpr = tl.constexpr(0x7F800000 << 32)  # infinitely far, row 0, empty
 
 
@@ -29,31 +26,32 @@ def _scan(
     q_ptr, ring_ptr, lse_ptr, depth_ptr, position_ptr, keys_ptr, found_ptr, scanned_ptr,
     shift, radius, oldest, max_chain, min_context, heads, capacity, share,
     dim: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: ``share`` rows of one (request, query head). ring [B, Hq, capacity, dim]; keys and found [splits, B, Hq]."""
     row, split = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, DIM)
-    base = row.to(tl.int64) * capacity
-    begin = split * share
-    slot = begin + tl.arange(0, BLOCK)
-    # The ring was written a step ago: a tile of it is on its way while the predecessor makes the query. A position may be the predecessor's work,
-    # too, so that what is read here is a guess; rows beyond it are fetched below, of which there are hardly ever any.
-    early = begin
-    if AHEAD:
-        early = tl.minimum(begin + share, _scannable(tl.load(position_ptr + row // heads) + shift, min_context, capacity))
-    tile = _rows(ring_ptr, base, slot, begin, early, channel, dim, DIM)
     follow(EARLY)
-    position = tl.load(position_ptr + row // heads, volatile=True) + shift
+    position = tl.load(position_ptr + row // heads) + shift
     q = tl.load(q_ptr + row * dim + channel, mask=channel < dim, other=0.0).to(tl.float32)
     rows = _scannable(position, min_context, capacity)
-    end = tl.minimum(begin + share, rows)
-    tile = tl.where((slot < early)[:, None], tile, _rows(ring_ptr, base, slot, early, end, channel, dim, DIM))
-    best = _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN)
-    for block in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+    base = row.to(tl.int64) * capacity
+    best = tl.full([BLOCK], NOTHING, tl.int64)
+    begin = split * share
+    for block in tl.range(begin, tl.minimum(begin + share, rows), BLOCK, num_stages=STAGES):
         slot = block + tl.arange(0, BLOCK)
-        tile = _rows(ring_ptr, base, slot, begin, end, channel, dim, DIM)
-        best = tl.minimum(best, _keys(tile, q, slot, end, depth_ptr + base, position, capacity, oldest, max_chain, CHAIN))
+        written = slot < rows
+        held = source_of(slot, position, capacity)
+        eligible = written & (held >= oldest)
+        if CHAIN:
+            eligible = eligible & (tl.load(depth_ptr + base + slot, mask=written, other=0) < max_chain)
+        inside = written[:, None]
+        if dim != DIM:
+            inside = inside & (channel < dim)[None, :]
+        old = tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
+        gap = old.to(tl.float32) - q[None, :]
+        distance = tl.where(eligible, tl.sum(gap * gap, 1), float("inf"))
+        key = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (slot.to(tl.int64) << 1)
+        best = tl.minimum(best, tl.where(eligible, key, NOTHING))
     near = tl.min(best, 0)
     distance, slot, _ = unpack(near)
     # A row that was never filled holds the empty state: it can be near, but there is nothing to reuse.
@@ -68,28 +66,6 @@ def _scan(
 def _scannable(position, min_context, capacity):
     """Rows that a match at ``position`` looks at: see ring.scanned_rows."""
     return tl.where(position + 1 >= min_context, tl.minimum(tl.maximum(position, 0), capacity), 0)
-
-
-@triton.jit
-def _rows(ring_ptr, base, slot, begin, end, channel, dim: tl.constexpr, DIM: tl.constexpr):
-    """Queries [n, DIM] of those of the ring rows ``slot`` that lie in [begin, end)."""
-    inside = ((slot >= begin) & (slot < end))[:, None]
-    if dim != DIM:
-        inside = inside & (channel < dim)[None, :]
-    return tl.load(ring_ptr + (base + slot)[:, None] * dim + channel[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _keys(tile, q, slot, end, depth_ptr, position, capacity, oldest, max_chain, CHAIN: tl.constexpr):
-    """Packed matches int64 [n] of q with the rows ``slot`` of one head's ring; NOTHING where a row is not eligible."""
-    held = source_of(slot, position, capacity)
-    eligible = (slot < end) & (held >= oldest)
-    if CHAIN:
-        eligible = eligible & (tl.load(depth_ptr + slot, mask=slot < end, other=0) < max_chain)
-    gap = tile.to(tl.float32) - q[None, :]
-    distance = tl.where(eligible, tl.sum(gap * gap, 1), float("inf"))
-    key = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (slot.to(tl.int64) << 1)
-    return tl.where(eligible, key, NOTHING)
 
 
 @triton.jit
@@ -147,8 +123,7 @@ def _report(
 def scan(
     q: torch.Tensor, ring: Ring, position: torch.Tensor, shift: int, radius: float, oldest: int, max_chain: int | None, min_context: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added. The launch right before this one may have
-    made q and position, but not what the ring holds, which is read before that one ends.
+    """Launch the scan. q [B, Hq, d] contiguous; position int32 [B], to which ``shift`` is added.
 
     Returns packed matches int64 [splits, B, Hq], the lse of the matched rows float32 [splits, B, Hq] (-inf outside the radius), and how many
     rows of each head's ring were scanned, int32 [B].
@@ -166,8 +141,7 @@ def scan(
     _scan[(batch * heads, splits)](
         q, ring.q, ring.lse, ring.depth, position, keys, found, scanned,
         shift, radius, max(oldest, 0), 0 if max_chain is None else max_chain, min_context, heads, ring.capacity, share,
-        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, AHEAD=_AHEAD, num_warps=4,
-        **launch_options(early),
+        dim=dim, DIM=wide, BLOCK=block, STAGES=2, CHAIN=max_chain is not None, EARLY=early, num_warps=4, **launch_options(early),
     )  # fmt: skip
     return keys, found, scanned
 

@@ -172,7 +172,7 @@ def attend_selected(
             EARLY=early, SCORES=scores is not None, num_warps=knobs["warps"], **launch_options(early),
         )  # fmt: skip
         _merge_pieces[(batch * heads, slices, 1)](
-            part, part_lse, before, out, lse, batch * heads, items, programs, programs, 1,
+            part, part_lse, before, out, lse, batch * heads, items, programs,
             group=columns, dim=dim, COUNT=1, EARLY=early, **tile, **launch_options(early),
         )  # fmt: skip
     return State(out, lse)

@@ -75,7 +75,8 @@ class NeedleSequences:
         # RULER's first depth is before all text: as many needles as it hides stand there as often.
         opens = kind.haystack == "essay" and rng.random() < min(len(hidden), 8) / len(protocol.DEPTHS)
         filler = self._filler(kind, rng, room, key_words, {key for key, _ in needles}, opens)
-        places = np.sort(rng.integers(1 if kind.haystack == "essay" else 0, len(filler) + 1, len(hidden)))
+        first = min(len(filler), 1 if kind.haystack == "essay" else 0)  # short sequences may have room for needles alone
+        places = np.sort(rng.integers(first, len(filler) + 1, len(hidden)))
         if opens:
             places[0] = 0
         context, spans, last = [head], {}, 0

@@ -21,7 +21,7 @@ def test_ties_go_to_the_lowest_index_and_invalid_ones_to_nobody(backend):
     assert present(ids, torch.arange(7, device=DEVICE).expand(2, 7) < 2, 7).nonzero()[:, 1].tolist() == [0, 2, 0, 2]
 
 
-@pytest.mark.parametrize(("n", "k"), [(200, 50), (128, 128), (300, 1), (70_000, 900)])  # the last one is longer than a program holds
+@pytest.mark.parametrize(("n", "k"), [(200, 50), (128, 128), (300, 1), (20_000, 900)])  # the last one is longer than a program holds
 def test_random_scores_are_ranked_like_a_stable_sort(backend, n, k):
     torch.manual_seed(0)
     top = kernels(backend, DEVICE).top

@@ -199,6 +199,13 @@ def test_a_needle_may_open_the_text(mixture):
     assert 1 <= len(opened) <= 20  # four of forty depths: 6 are expected
 
 
+def test_short_sequences_may_have_room_for_needles_alone(mixture):
+    """An empty haystack still has a place."""
+    for step in range(60):
+        batch = mixture.batch(step, 512, 4, 0)
+        assert batch.ids.shape == (4, 512)
+
+
 def test_parts_of_a_step_are_its_rows(mixture):
     whole, part = mixture.batch(3, 1024, 4), mixture.batch(3, 1024, 2, first=2)
     np.testing.assert_array_equal(whole.ids[2:], part.ids)

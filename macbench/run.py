@@ -324,10 +324,14 @@ def records(engine: Engine, task: Task, variants: list[Variant], example: Exampl
         meta = dict(example.meta)
         if isinstance(answer, Answer):
             texts[i] = answer.generation.tokens
+            try:
+                row["score"] = task.score(example, answer.text)
+            except Exception as error:  # models write anything; what one text does to a scorer costs no other's row
+                row["error"] = f"scoring fails: {_one_line(error)}"
             meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
             meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
             meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
-            row |= {"text": answer.text, "score": task.score(example, answer.text), "prefill_s": answer.prefill_s}
+            row |= {"text": answer.text, "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"].append(step_rows(answer.generation, key))
             tables["layers"].append(layer_rows(answer.generation, key, answer.layer_errors))

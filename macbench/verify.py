@@ -122,7 +122,7 @@ def _sums(tables: dict[str, pd.DataFrame], steps_of: list[str] | None, found: Fi
         stepped = good[good.index.get_level_values("method").isin(steps_of)]
     for table, mine in (("steps", stepped), ("layers", good)):
         sums = tables[table].groupby(KEY)[list(TOTALS)].sum()
-        joined = mine.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
+        joined = mine.join(sums.add_suffix("_sum"), how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
         for name in TOTALS:
             for key in joined.index[joined[name] != joined[f"{name}_sum"]]:
                 found.wrong.append(f"{name} of {' '.join(filter(None, key))} is not the sum of its {table}")

@@ -239,6 +239,12 @@ def test_api_gives_up_on_one_question_only(server):
     assert found[0].answer is None and "refused" in found[0].error
 
 
+def test_a_question_that_the_server_rejects_costs_no_other(server):
+    Server.script[:] = [400, "yes"]
+    found = asked(ApiJudge(base_url=server, key_env=None, tries=3, parallel=1), [question("library"), question("festival")])
+    assert found[0].answer is None and found[0].error.startswith("HTTP 400") and found[1].answer == "yes" and len(Server.got) == 2
+
+
 def test_api_that_refuses_or_has_no_key_is_one_line(server, monkeypatch):
     Server.script[:] = [401]
     with pytest.raises(ConfigError, match="refuses: HTTP 401"):

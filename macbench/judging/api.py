@@ -18,7 +18,8 @@ from macbench.judging.base import Verdict
 
 _BACKOFF = 1.0  # seconds before the second try; doubles with every further one
 _LONGEST = 60.0  # seconds between tries
-_REFUSED = (400, 401, 403, 404)  # trying again would not help
+_REFUSED = (401, 403, 404)  # whatever is asked
+_REJECTED = (400, 413, 414, 422)  # this question, however often: longer than the server's model takes, for example
 
 
 @dataclass
@@ -103,6 +104,8 @@ class ApiJudge:
                 error = f"HTTP {failure.code}"
                 if failure.code in _REFUSED:
                     raise ConfigError("judge.base_url", self._url, f"refuses: HTTP {failure.code} {failure.reason}") from None
+                if failure.code in _REJECTED:
+                    return Verdict(None, f"HTTP {failure.code} {failure.reason}")
                 pause = max(pause, _seconds(failure.headers.get("Retry-After")))
             except urllib.error.URLError as failure:  # before any answer: refused, no such host, no route
                 reason = failure.reason

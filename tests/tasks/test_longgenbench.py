@@ -52,6 +52,7 @@ DAMAGED = {
     "type": ([made.item(), made.item("Story")], "item 1 has type 'Story'"),
     "prefix": ([made.item(prefix="#*# Floor 2:")], "does not end with its prefix"),
     "no parts": ([made.item(number=0)], "orders 0 parts"),
+    "too many parts": ([made.item(number=10**12)], "orders 1000000000000 parts"),
     "twice": ([made.item(), made.item()], "the same prompt twice"),
     "truncated": (json.dumps(made.items())[:200], "truncated?"),
     "trailing": (json.dumps(made.items()) + " x", "cannot be read as JSON (Extra data"),

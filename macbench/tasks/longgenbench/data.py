@@ -85,14 +85,14 @@ def _item(where: Path, index: int, entry: object) -> Item:
     checks = []
     for kind in protocol.KINDS:
         for part, event in field(f"checks_{kind}", dict).items():
-            if not part.isdecimal() or not isinstance(event, str):
-                raise ConfigError(KEY, where, f"item {index} has a check of {part!r} that is not a number with a text")
+            if not part.isdecimal() or len(part) > protocol.MOST_DIGITS or not isinstance(event, str):
+                raise ConfigError(KEY, where, f"item {index} has a check of {part[:40]!r} that is not a number with a text")
             checks.append((kind, int(part), event))
     item = Item(field("prompt", str), field("type", str), field("prefix", str), field("number", int), tuple(checks))
     if item.type not in protocol.TYPES:
         raise ConfigError(KEY, where, f"item {index} has type {item.type!r}, must be one of {', '.join(protocol.TYPES)}")
-    if item.number < 1:
-        raise ConfigError(KEY, where, f"item {index} orders {item.number} parts")
+    if not 1 <= item.number < 10**protocol.MOST_DIGITS:
+        raise ConfigError(KEY, where, f"item {index} orders {item.number} parts, must be from 1 to {10**protocol.MOST_DIGITS - 1}")
     try:
         "".join([item.prompt, *(event for _, _, event in checks)]).encode()
     except UnicodeEncodeError:

@@ -44,6 +44,7 @@ STOP = "*** finished"
 SEPARATOR = "#*#"
 # "Len." is the mean number of words of texts with more pieces and more words than these.
 LEN_PIECES, LEN_WORDS = 40, 2000
+MOST_DIGITS = 6  # of a part's number; orders are for fewer than a thousand parts
 
 # {block}: the part that was ordered; {event}: what should be in it. Asked as a raw prompt.
 QUESTION = "Context: {block}### Instruction: Does this context include the {event}? Please answer with 'yes' or 'no' only."

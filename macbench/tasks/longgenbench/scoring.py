@@ -19,7 +19,7 @@ def parts(text: str, type_: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for piece in pieces(text):
         match = number.search(piece)
-        if match:
+        if match and len(match.group(1)) <= protocol.MOST_DIGITS:  # a model may write digits without end
             found.setdefault(int(match.group(1)), piece)
     return found
 

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from macbench import run as run_module
+from macbench.tasks.ruler import Ruler
 from tests import real
 
 
@@ -306,6 +307,21 @@ def test_latency_of_a_random_model(macbench, tmp_path):
     assert frame.random_weights.all() and frame.error.isna().all()
     assert frame.method.tolist() == ["full", "mac", "mac"] * 2 and frame.ctx.tolist() == [64] * 3 + [128] * 3
     assert "(random)" in out or "random_llama31_8b" in out
+
+
+def test_a_scorer_that_fails_costs_one_row_and_no_text(macbench, tiny_args, tmp_path, monkeypatch):
+    score = Ruler.score
+
+    def sometimes(self, example, text):
+        if example.example_id == "1":
+            raise ValueError("digits without end")
+        return score(self, example, text)
+
+    monkeypatch.setattr(Ruler, "score", sometimes)
+    assert macbench(*tiny_args, "method=full", "limit=3")[0] == 1
+    frame = samples(tmp_path).set_index("example_id").sort_index()
+    assert frame.error.notna().tolist() == [False, True, False] and "digits without end" in frame.error["1"]
+    assert frame.text.notna().all() and frame.score.notna().tolist() == [True, False, True]
 
 
 def test_a_failed_example_is_a_row_and_the_run_goes_on(macbench, tiny_args, tmp_path, monkeypatch):

@@ -155,6 +155,7 @@ def test_parts():
     assert scoring.completion(found, 5) == 3 / 5
     assert scoring.parts("#*# Menu Week 1: x #*# Week 2: y", "Menu Week").keys() == {1}
     assert scoring.parts("", "Floor") == {}
+    assert scoring.parts("#*# Floor " + "7" * 5000 + ": x #*# Floor 3: y", "Floor").keys() == {3}
 
 
 def sample(type_="Floor", index="0", method="full", text=TEXT, error=None, **changes) -> dict:

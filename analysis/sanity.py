@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.load import run_folders, samples
 from macbench.summary import REFERENCE, headline, summarise
 
-RUNS = Path("runs/reference/h100/ruler")
+RUNS = Path("runs/reference/h200/ruler")
 
 
 class Published(NamedTuple):

@@ -52,10 +52,11 @@ def pack(run: Path, target: Path) -> Path:
             done.append(f"was {name}: a folder of the machine was part of that name")
             name = renamed
     tables = {table: _table(run, table, done) for table in SCHEMAS}
-    stepped = set(tables["steps"]["method"].to_pylist())
-    if set(tables["samples"]["method"].to_pylist()) - stepped:
-        environment["steps_of"] = sorted(stepped)
-        done.append(f"had the steps of {', '.join(sorted(stepped))} alone")
+    for table in ("steps", "layers"):
+        have = set(tables[table]["method"].to_pylist())
+        if set(tables["samples"]["method"].to_pylist()) - have:
+            environment[f"{table}_of"] = sorted(have)
+            done.append(f"had the {table} of {', '.join(sorted(have))} alone")
     into = target.joinpath(*run.resolve().parts[-4:-1], name)
     if into.exists():
         raise ConfigError("TARGET", into, "is there already")

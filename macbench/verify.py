@@ -59,7 +59,7 @@ def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") ->
     found.notes += [f"{table} were written under an earlier schema, without {', '.join(sorted(names))}" for table, names in found.earlier.items()]
     if found.wrong:
         return found  # the rest would only repeat it
-    _sums(tables, environment.get("steps_of"), found)
+    _sums(tables, {table: environment.get(f"{table}_of") for table in ("steps", "layers")}, found)
     wanted = asked.read(run) if (run / asked.FILE).exists() or not found.earlier else asked.answered(tables["samples"])
     _complete(tables["samples"], wanted, found)
     _summary(run, wanted, found)
@@ -111,23 +111,21 @@ def _parts(run: Path, found: Findings) -> tuple[dict[str, pd.DataFrame], dict[st
     return tables, versions
 
 
-def _sums(tables: dict[str, pd.DataFrame], steps_of: list[str] | None, found: Findings) -> None:
-    """Steps and layers of an example add up to its sample row. ``steps_of``: the methods whose steps were packed, if not all."""
+def _sums(tables: dict[str, pd.DataFrame], kept: dict[str, list[str] | None], found: Findings) -> None:
+    """Steps and layers of an example add up to its sample row. ``kept``: by table the methods whose rows were packed, if not all."""
     samples = tables["samples"]
     for row in samples[samples.duplicated(KEY)].itertuples():
         found.wrong.append(f"{_place(row)} is recorded twice")
     good = samples[samples.error.isna()].drop_duplicates(KEY).set_index(KEY)
-    stepped = good
-    if steps_of is not None:
-        stepped = good[good.index.get_level_values("method").isin(steps_of)]
-    for table, mine in (("steps", stepped), ("layers", good)):
+    mine = {table: good if names is None else good[good.index.get_level_values("method").isin(names)] for table, names in kept.items()}
+    for table, rows in mine.items():
         sums = tables[table].groupby(KEY)[list(TOTALS)].sum()
-        joined = mine.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
+        joined = rows.join(sums, rsuffix="_sum", how="left").fillna({f"{name}_sum": 0 for name in TOTALS})
         for name in TOTALS:
             for key in joined.index[joined[name] != joined[f"{name}_sum"]]:
                 found.wrong.append(f"{name} of {' '.join(filter(None, key))} is not the sum of its {table}")
-    steps = tables["steps"].groupby(KEY).size().reindex(stepped.index, fill_value=0)
-    for key in stepped.index[stepped.decode_steps != steps]:
+    steps = tables["steps"].groupby(KEY).size().reindex(mine["steps"].index, fill_value=0)
+    for key in steps.index[mine["steps"].decode_steps != steps]:
         found.wrong.append(f"{' '.join(filter(None, key))} has another number of step rows than decode_steps")
 
 

@@ -307,23 +307,24 @@ def test_a_packed_run_is_the_same_run(run, again, tmp_path, tool):
     assert tool(pack, tmp_path / "kept", run)[0] == 2  # never over what is there
 
 
-def test_runs_of_earlier_versions_can_be_packed(run, tmp_path, tool):
-    """Columns that did not exist are null, what was asked follows from the rows, steps that were left out are said to be."""
+@pytest.mark.parametrize("table", ["steps", "layers"])
+def test_runs_of_earlier_versions_can_be_packed(run, tmp_path, tool, table):
+    """Columns that did not exist are null, what was asked follows from the rows, steps or layers that were left out are said to be."""
     for path in (run / "samples").glob("*.parquet"):
         change(path, lambda data: data.drop_columns(["rho_page", "output_error"]))
-    for path in (run / "steps").glob("*.parquet"):
+    for path in (run / table).glob("*.parquet"):
         change(path, lambda data: data.filter(pc.equal(data["method"], "mac")))
     (run / "asked.json").unlink()
     assert tool(verify, run, "examples=0")[0] == 1
     code, out, err = tool(pack, tmp_path / "kept", run)
     assert code == 0, out + err
-    assert "samples had no rho_page, output_error" in out and "had the steps of mac alone" in out and "had no asked.json" in out
+    assert "samples had no rho_page, output_error" in out and f"had the {table} of mac alone" in out and "had no asked.json" in out
     kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
-    assert read_table(kept, "samples").rho_page.isna().all() and set(read_table(kept, "steps").method) == {"mac"}
-    steps = kept / "steps" / "part-all.parquet"
-    change(steps, lambda data: data.slice(1))
+    assert read_table(kept, "samples").rho_page.isna().all() and set(read_table(kept, table).method) == {"mac"}
+    part = kept / table / "part-all.parquet"
+    change(part, lambda data: data.slice(1))
     code, out, _ = tool(verify, kept, "examples=0")
-    assert code == 1 and "is not the sum of its steps" in out
+    assert code == 1 and f"is not the sum of its {table}" in out
 
 
 def test_a_folder_of_the_machine_leaves_the_name(run, tmp_path, tool):

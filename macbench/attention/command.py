@@ -50,13 +50,18 @@ def resolve(task: dict, method: dict, contexts: list[int], backend: str, device:
         print(f"macbench: note: task.dtype={knobs['dtype']} becomes float32 on a CPU", file=sys.stderr)
         knobs["dtype"] = "float32"
     windows = _list(task["window"]) if task["window"] is not None else [method.get("window", 512)]
+    check_hits(contexts, windows, method, knobs["hit_rate"])
+    return knobs, windows, {key: method[key] for key in _OWN if key in method}
+
+
+def check_hits(contexts: list[int], windows: list[int], method: dict, hit_rates: list[float]) -> None:
+    """Raise a ConfigError for a context at which synthetic hits cannot be: shorter than what a hit reads, or below the method's min_context."""
     least = max(windows) + method.get("band", 0) + method.get("sink", 0) + 2
     for ctx in contexts:
         if ctx < least:
             raise ConfigError("ctx", ctx, f"must be at least {least} tokens, so that sinks, ring and band are full")
-        if ctx < method.get("min_context", 0) and any(knobs["hit_rate"]):
+        if ctx < method.get("min_context", 0) and any(hit_rates):
             raise ConfigError("ctx", ctx, f"is below method.min_context={method['min_context']}: no head can hit there; lower one or raise the other")
-    return knobs, windows, {key: method[key] for key in _OWN if key in method}
 
 
 def target(runs_dir: str, method: dict, contexts: list[int], resolved: tuple) -> Path:

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from macbench.attention.command import number_list
-from macbench.errors import ConfigError, choose
+from macbench.attention.command import check_hits, number_list
+from macbench.errors import ConfigError, choose, one_line
+from macbench.generate import out_of_memory
 from macbench.latency import table
-from macbench.latency.bench import measure
+from macbench.latency.bench import excused, measure, positions
 from macbench.latency.prompts import essays
 from macbench.methods.mac import MAC
 from macbench.models import random_weights
+from macbench.models.weights import load, load_chat, max_context
 
 BACKENDS = ("triton", "torch", "flashinfer")
 
@@ -29,19 +31,27 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
         knobs["backends"] = [choose("backend", backend, BACKENDS)]
     mac = MAC(**{k: v for k, v in method.items() if k not in ("_target_", "name")}) if method["name"] == "mac" else None
     name, prompts = model["name"], None
-    if model.get("random"):
-        network = random_weights.build(OmegaConf.to_container(model.random, resolve=True), device, dtype, seed)
-        most = network.config.max_position_embeddings
-    else:
-        from macbench.models.weights import load, load_chat, max_context
-
-        chat = load_chat(model)
-        network, most = load(model, device, chat).network, max_context(model)
-        if "real" in knobs["hit_rate"]:
-            prompts = essays(chat, task["data_path"])
+    most = model.random["max_position_embeddings"] if model.get("random") else max_context(model)
     for ctx in contexts:
-        if ctx + knobs["steps"] + 16 > most:
-            raise ConfigError("ctx", ctx, f"and the decode steps after it must fit into the {most} positions of {name}")
+        after = positions(ctx, knobs["steps"]) - ctx
+        if ctx + after > most:
+            raise ConfigError("ctx", ctx, f"and the {after} decode steps after it must fit into the {most} positions of {name}")
+    if mac is not None and "real" not in knobs["hit_rate"]:
+        check_hits(contexts, [mac.window], method, knobs["hit_rate"])
+    try:
+        if model.get("random"):
+            network = random_weights.build(OmegaConf.to_container(model.random, resolve=True), device, dtype, seed)
+        else:
+            chat = load_chat(model)
+            network = load(model, device, chat).network
+            if "real" in knobs["hit_rate"]:
+                prompts = essays(chat, task["data_path"])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        smaller = "lower model.random.num_hidden_layers or take a smaller model" if model.get("random") else "take a smaller model"
+        said = f"its weights in {str(dtype).removeprefix('torch.')} do not fit into the memory of {device}; {smaller} ({one_line(error)})"
+        raise ConfigError("model", name, said) from error
     rows = measure(
         network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, seed=seed, **knobs,
         say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
@@ -49,7 +59,7 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
     print("\n".join([table.HEADER, *map(table.line, rows)]))
     table.write(rows, target, facts())
     print(f"records: {target}")
-    return 1 if any(row["error"] and "not installed" not in row["error"] for row in rows) else 0
+    return 1 if any(row["error"] and not excused(row["error"]) for row in rows) else 0
 
 
 def check(task: dict, method: dict, model) -> dict:

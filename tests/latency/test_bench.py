@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from macbench.decoder import Decoder
 from macbench.errors import ConfigError
@@ -73,6 +74,24 @@ def test_bytes_are_those_of_the_timed_steps(rows):
     assert rows[1]["read_bytes"] == int(full + scan)
     assert scan < rows[3]["read_bytes"] < scan + 2 * LAYERS * (KV_HEADS * ROW * (8 + 4 + 1) + HEADS * (16 * 4 + 8) * 2)
     assert rows[1]["read_bytes"] > rows[2]["read_bytes"] > rows[3]["read_bytes"]
+
+
+def test_memory_is_told_by_kind(rows, network):
+    """300 tokens, 4 + 6 + 13 + 1 steps: 21 pages of 16 for each of 2 requests. Of rings, query and state in float32, its lse and depth."""
+    assert [r["kv_bytes"] for r in rows] == [2 * 21 * 16 * LAYERS * KV_HEADS * ROW] * 4
+    ring, given = 32 * (16 * 4 + 16 * 4 + 4 + 4), 16 * 4  # and the query that a synthetic step is given
+    assert [r["state_bytes"] for r in rows] == [0] + [2 * LAYERS * HEADS * (ring + given)] * 3
+    layer = 48 * (6 + 2 * 2 + 6) * 16 + 3 * 48 * 64 + 2 * 48
+    for tied in (True, False):
+        made = tiny("llama", torch.float32, tie_word_embeddings=tied)
+        assert bench.stored_bytes(made) == 4 * (2 * layer + 48 + 97 * 48 * (1 if tied else 2))
+    assert bench.over_memory(peak=1300, apart=200, weights=800, kv=200) == 1.1
+
+
+def test_a_cpu_has_one_mode_and_no_generate(network):
+    rows = measure(network, "tiny", True, **KNOBS | {"ctx": [40], "modes": ["graph", "eager"], "mac": None}, generate=True)
+    assert [(r["backend"], r["mode"], r["error"] is None) for r in rows] == [("generate", "compiled", False), ("torch", "cpu", True)]
+    assert bench.excused(rows[0]["error"]) and not bench.excused("RuntimeError: boom")
 
 
 def test_weights_are_counted_once(network):
@@ -151,3 +170,35 @@ def test_wrong_input_names_the_key(key, value):
     with pytest.raises(ConfigError) as error:
         command.check(TASK | {key: value}, {"name": "mac"}, {"random": {}, "name": "x"} | {"random": {"a": 1}})
     assert key in str(error.value) and "\n" not in str(error.value)
+
+
+def run(network_dir, contexts, method=None, **random):
+    """``command.run`` on a random model, full attention unless ``method``."""
+    fields = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 400} | random  # fmt: skip
+    model = OmegaConf.create({"name": "small", "random": fields})
+    options = ("auto", "cpu", torch.float32, 1, network_dir / "decode.parquet", dict)
+    return command.run(TASK | {"steps": 4, "generate": True, "hit_rate": [0.5]}, method or {"name": "full"}, model, contexts, *options)
+
+
+def test_a_context_that_just_fits_runs(tmp_path):
+    """4 + 4 + 13 + 1 tokens come after it; and what is not timed on a CPU is no failure."""
+    assert run(tmp_path, [400 - 22]) == 0
+    with pytest.raises(ConfigError, match=r"^ctx=379: and the 22 decode steps"):
+        run(tmp_path, [379])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [({"min_context": 2048}, r"^ctx=100: is below method\.min_context=2048"), ({"min_context": 0, "window": 91}, "^ctx=100: must be at least 101")],
+)
+def test_hits_that_cannot_be_are_refused(tmp_path, knobs, said):
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path, [100], {"name": "mac", "window": 32, "band": 8} | knobs)
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    """A matrix of 2^60 bytes fits nowhere."""
+    with pytest.raises(ConfigError, match=r"^model=small: its weights in float32 do not fit .* lower model\.random\.num_hidden_layers") as error:
+        run(tmp_path, [100], vocab_size=2**53)
+    assert "\n" not in str(error.value)

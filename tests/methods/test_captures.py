@@ -1,23 +1,31 @@
-"""What a CUDA graph asks of every method: nothing synchronises, and every step does the same operations."""
+"""What a CUDA graph asks of every method: nothing synchronises, and every step does the same operations.
 
+On the CPU on every machine, with kernels that compute nothing; what the real ones do on the host is read from their source.
+"""
+
+import ast
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import macbench_kernels
 import pytest
 import torch
 from macbench_kernels import Kernels, MacStep, State, kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from macbench.engine import Engine
+from macbench.methods import base
 from macbench.methods.base import Method
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
 from macbench.models.adapter import attention_shape
 from macbench.output_error import Measured
-from tests.conftest import DEVICE
 from tests.methods.cases import PROMPTS
 from tests.methods.driver import Batch, Text
 from tests.models.tiny import tiny
+
+METHODS = sorted(Path(base.__file__).parent.glob("*.py"))
 
 
 def stub(s) -> Kernels:
@@ -46,36 +54,92 @@ def stub(s) -> Kernels:
 class Watch(TorchDispatchMode):
     """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data.
 
-    ``tolist`` and ``numpy`` reach no dispatcher: the test replaces them.
+    What reaches no dispatcher, or looks like nothing on a CPU (``tolist``, ``numpy``, moves to the host), is replaced while it watches.
     """
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "lift_fresh", "bincount")
+    FORBIDDEN = (
+        "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_consecutive", "unique_dim",
+        "unique_dim_consecutive", "is_nonzero", "equal", "lift_fresh", "bincount",
+    )  # fmt: skip
+    READERS = ("tolist", "numpy", "cpu", "item", "__array__")
 
     def __init__(self):
         super().__init__()
         self.log = []
 
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in self.READERS:
+            self.patch.setattr(torch.Tensor, name, refuse)
+        to = torch.Tensor.to
+
+        def moved(tensor, *args, **options):
+            # By its name: the device of another tensor is the CPU here and a GPU there.
+            assert "cpu" not in [a for a in (*args, *options.values()) if isinstance(a, str)], "moves a tensor to the host"
+            return to(tensor, *args, **options)
+
+        self.patch.setattr(torch.Tensor, "to", moved)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
         assert name not in self.FORBIDDEN, f"{function} synchronises with the host, or takes a tensor from it"
+        if name == "repeat_interleave":
+            assert kwargs.get("output_size") is not None, f"{function} asks the device for the size of its result"
         if name in ("index", "index_put", "index_put_"):
             assert all(i is None or i.dtype is not torch.bool for i in args[1]), f"{function} with a mask"
         self.log.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
-def refuse(*args):
+def refuse(*args, **options):
     raise AssertionError("reads a tensor on the host")
 
 
-def test_watch_sees_what_it_should():
+SYNCHRONISING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x[0]),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 1),
+    "mask": lambda x: x[x > 1],
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "tensor": lambda x: torch.tensor([1]),
+    "unique": torch.unique,
+    "unique_dim": lambda x: torch.unique(x[None], dim=0),
+    "unique_consecutive": torch.unique_consecutive,
+    "unique_consecutive_dim": lambda x: torch.unique_consecutive(x[None], dim=0),
+    "repeat_interleave": lambda x: x.repeat_interleave(x),
+    "bincount": torch.bincount,
+    "equal": lambda x: torch.equal(x, x),
+    "to": lambda x: x.to("cpu"),
+    "to_device": lambda x: x.to(device="cpu", dtype=torch.float32),
+    "cpu": lambda x: x.cpu(),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+}
+
+
+@pytest.mark.parametrize("use", SYNCHRONISING.values(), ids=SYNCHRONISING)
+def test_watch_sees_what_it_should(use):
+    with pytest.raises(AssertionError), Watch():
+        use(torch.arange(4))
+
+
+def test_watch_lets_the_rest_pass():
     x = torch.arange(4)
-    for use in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 1], lambda: torch.tensor([1]), lambda: int(x[0])):
-        with pytest.raises(AssertionError), Watch():
-            use()
+    with Watch() as watch:
+        x.to(torch.float32).add_(1).to(x)
+        x.repeat_interleave(2), x.repeat_interleave(x, output_size=6), torch.where(x > 1, x, 0)
+    assert len(watch.log) > 4
+    assert x.cpu().tolist() == x.to("cpu").numpy().tolist() == [0, 1, 2, 3]  # what was replaced is back
 
 
-def captured_operations(make: Callable[[], Method], prompts: tuple, monkeypatch) -> list[list]:
+def captured_operations(make: Callable[[], Method], prompts: tuple) -> list[list]:
     """What three steps of each of two batches do, operation by operation."""
     logs = []
     longest = max(prompts) + 10
@@ -87,9 +151,7 @@ def captured_operations(make: Callable[[], Method], prompts: tuple, monkeypatch)
         for _ in range(3):
             batch.grow()
             queries = [batch.queries(layer) for layer in range(shape.layers)]
-            with monkeypatch.context() as patch, Watch() as watch:
-                for name in ("tolist", "numpy", "cpu"):
-                    patch.setattr(torch.Tensor, name, refuse)
+            with Watch() as watch:
                 for layer, (q_pre, q) in enumerate(queries):
                     batch.method.attend(layer, q_pre, q, batch.cache)
                 batch.ledger.end_step()
@@ -97,35 +159,27 @@ def captured_operations(make: Callable[[], Method], prompts: tuple, monkeypatch)
     return logs
 
 
-def test_a_step_can_be_captured(case, monkeypatch):
+def test_a_step_can_be_captured(case):
     """Nothing in attend or in the ledger synchronises, and steps of other lengths do exactly the same operations."""
-    if DEVICE == "cuda":
-        return
-    logs = captured_operations(case.make, case.prompts, monkeypatch)
+    logs = captured_operations(case.make, case.prompts)
     assert all(log == logs[0] for log in logs)
 
 
-def test_a_mac_step_with_all_its_knobs_can_be_captured(monkeypatch):
-    if DEVICE == "cuda":
-        return
-    logs = captured_operations(lambda: MAC(window=16, band=8, sink=4, max_chain=2, min_context=40), PROMPTS, monkeypatch)
+def test_a_mac_step_with_all_its_knobs_can_be_captured():
+    logs = captured_operations(lambda: MAC(window=16, band=8, sink=4, max_chain=2, min_context=40), PROMPTS)
     assert logs[0] and all(log == logs[0] for log in logs)
 
 
-def test_a_measured_step_can_be_captured(case, monkeypatch):
+def test_a_measured_step_can_be_captured(case):
     """Full attention beside the method, and the sums of errors, too."""
-    if DEVICE == "cuda":
-        return
-    logs = captured_operations(lambda: Measured(case.make()), case.prompts, monkeypatch)
+    logs = captured_operations(lambda: Measured(case.make()), case.prompts)
     assert all(log == logs[0] for log in logs)
 
 
 @pytest.mark.parametrize("make", [Full, lambda: MAC(window=16, band=8, min_context=0)], ids=["full", "mac"])
-def test_a_whole_decode_step_can_be_captured(make, monkeypatch):
+def test_a_whole_decode_step_can_be_captured(make):
     """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike."""
-    if DEVICE == "cuda":
-        return
-    network = tiny("llama", torch.float32)
+    network = tiny("llama", torch.float32).cpu()
     engine = Engine(network, stub(replace(attention_shape(network), batch=2)), 128, page_size=4, batch=2)
     decoder = engine.decoder(make(), 2)
     logs = []
@@ -135,12 +189,62 @@ def test_a_whole_decode_step_can_be_captured(make, monkeypatch):
             decoder.start(prompts)
             for step in range(4):
                 decoder.before()
-                with monkeypatch.context() as patch, Watch() as watch:
-                    for name in ("tolist", "numpy", "cpu"):
-                        patch.setattr(torch.Tensor, name, refuse)
+                with Watch() as watch:
                     decoder.step()
                 logs += [watch.log] if step else []  # the first may allocate
             decoder.stop()
             for prompt in prompts:
                 prompt.free()
     assert len(logs[0]) > 50 and all(log == logs[0] for log in logs)
+
+
+# What waits for nothing although it looks so, and why.
+ALLOWED = {("kivi", "_row_bytes")}  # hyper-parameters and plain numbers only
+# Calls that make the host wait for the device, or a tensor out of what the host has.
+WAITING = {
+    "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "equal", "allclose",
+    "synchronize", "tensor", "as_tensor", "from_numpy",
+}  # fmt: skip
+
+
+def waiting_calls(function: ast.FunctionDef) -> list[str]:
+    """Those of the source of a function; int, bool and float of anything that is computed are among them, and indices with a comparison."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            casts = isinstance(node.func, ast.Name) and name in ("int", "bool", "float") and not isinstance(node.args[0], ast.Constant)
+            moves = name == "to" and any(isinstance(a, ast.Constant) and a.value == "cpu" for a in (*node.args, *(k.value for k in node.keywords)))
+            found += [ast.unparse(node)] if name in WAITING or casts or moves else []
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Compare):
+            found.append(ast.unparse(node))
+    return found
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    """All of a file that run on the host: Triton's own kernels do not."""
+    tree = ast.parse(path.read_text())
+    defined = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {node.name: node for node in defined if not any("jit" in ast.unparse(d) for d in node.decorator_list)}
+
+
+def test_waiting_calls_are_found_in_source():
+    code = "def f(x):\n    x.item(); int(x.sum()); torch.nonzero(x); x.to('cpu'); x[x > 1]; x.cpu().numpy(); float('inf'); x.to(torch.int32)"
+    assert len(waiting_calls(ast.parse(code).body[0])) == 7
+
+
+@pytest.mark.parametrize("path", sorted(Path(macbench_kernels.__file__).parent.glob("triton_*.py")), ids=lambda path: path.stem)
+def test_no_wrapper_of_a_kernel_waits(path):
+    """None of them: a step may call each."""
+    assert {name: waiting_calls(f) for name, f in functions(path).items() if waiting_calls(f)} == {}
+
+
+@pytest.mark.parametrize("path", [p for p in METHODS if "attend" in functions(p)], ids=lambda path: path.stem)
+def test_no_attend_waits(path):
+    """Nor what it calls or reads of its own file, from function to function."""
+    own, reached, ahead = functions(path), set(), {"attend"}
+    while ahead:
+        reached |= ahead
+        names = {getattr(n, "attr", getattr(n, "id", None)) for name in ahead for n in ast.walk(own[name])}
+        ahead = (names & own.keys()) - reached
+    assert {name: waiting_calls(own[name]) for name in reached if waiting_calls(own[name]) and (path.stem, name) not in ALLOWED} == {}

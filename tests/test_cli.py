@@ -195,6 +195,15 @@ def test_model_folder_without_usable_weights(macbench, tiny_model, tmp_path, dam
     assert f"model.path={folder}" in err
 
 
+def test_weights_that_do_not_fit_on_the_device(macbench, tiny_args, monkeypatch):
+    def full(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    code, _, err = macbench(*tiny_args, "method=full", "limit=1")
+    assert code == 2 and "out of memory" in err and "smaller model" in err and "Traceback" not in err
+
+
 def test_unwritable_run_directory(macbench, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, err = macbench(f"runs_dir={tmp_path / 'file'}", "task.subtasks=[niah_single_1]", "ctx=512")

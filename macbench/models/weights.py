@@ -104,7 +104,11 @@ def load(spec, device: str, chat: Chat, cache_bytes: int = 0) -> LoadedModel:
         lora.merge(network, factors, header.scale, lambda said: ConfigError("model.adapter", adapter, said))
         lora.round_weights(network, dtype)
     network = network.eval().requires_grad_(False)
-    network = network if placed else network.to(device)
+    try:
+        network = network if placed else network.to(device)
+    except (RuntimeError, MemoryError) as error:
+        said = f"cannot be moved to {device}: {_first_line(error)}; take a smaller model or model.device_map=auto"
+        raise ConfigError("model.path", where, said) from error
     try:
         generation = GenerationConfig.from_pretrained(where, **options)
     except OSError:

@@ -48,7 +48,7 @@ class TidalDecode(Method):
             return f"tidaldecode keeps {self.budget} tokens; ctx={ctx} runs as full attention"
 
     def check(self, shape):
-        allowed = f"a layer behind layer 2 of the model's {shape.layers}: at most {shape.layers - 1}"
+        allowed = f"a layer of the model behind layer 2, at most {shape.layers - 1}"
         require(self.reselect < shape.layers, "method", "reselect", self.reselect, allowed)
 
     def fit(self, rho, tokens, shape, generated=1):

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from analysis import style, table
-from analysis.fig1 import looks, swept
+from analysis.fig1 import looks
+from analysis.load import swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench import stats

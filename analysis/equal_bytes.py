@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.load import run_folders, samples
+from analysis.load import compared, run_folders
 from analysis.sanity import RUNS
 from analysis.table import markdown
+from macbench.errors import ConfigError
 from macbench.summary import REFERENCE, headline, summarise
 
 FLOOR = "floor"  # a method that other budgets were found for cannot read so little
@@ -21,9 +22,7 @@ FLOOR = "floor"  # a method that other budgets were found for cannot read so lit
 
 def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
     """By context length, a row per method and ``budget`` (text; '' of what runs as it is) over all subtasks: see ``summary.COLUMNS``."""
-    frame = pd.concat([samples(folder) for folder in folders], ignore_index=True)
-    frame = frame.assign(variant=frame.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
-    return {ctx: headline(summarise(part, each=False)) for ctx, part in frame.groupby("ctx")}
+    return {ctx: headline(summarise(part, each=False)) for ctx, part in compared(folders).items()}
 
 
 def short(folders: list[Path]) -> str:
@@ -79,7 +78,11 @@ def main(arguments: list[str]) -> None:
     folders = run_folders(*roots)
     if not folders:
         sys.exit("analysis.equal_bytes: no runs below " + " ".join(map(str, roots)))
-    print((full if "--full" in arguments else short)(folders))
+    try:
+        print((full if "--full" in arguments else short)(folders))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

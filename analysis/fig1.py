@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import style
-from analysis.load import guesses
+from analysis.load import guesses, swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.summary import REFERENCE
@@ -23,12 +23,6 @@ NAME = "fig1"
 TITLE = "Fig 1: accuracy against KV bytes"
 PAPER = "MAC at or above full attention at 1% of the reads (second-hand)."
 _ROW = 0.155  # inches per method variant
-
-
-def swept(frame: pd.DataFrame) -> bool:
-    """Whether a run is a grid over one method's knobs, which analysis.sweep draws."""
-    others = frame[frame.method != REFERENCE]
-    return others.method.nunique() == 1 and others.variant.nunique() > 3
 
 
 def make(records: Records, out: Path) -> list[Drawn]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from macbench.errors import ConfigError
 from macbench.records import read_table
+from macbench.summary import REFERENCE
 
 
 def run_folders(*roots: Path | str) -> list[Path]:
@@ -20,6 +22,30 @@ def samples(folder: Path) -> pd.DataFrame:
     facts = json.loads((folder / "environment.json").read_text())
     commit = (facts.get("git") or {}).get("commit", "unknown")[:8]
     return frame[frame.error.isna()].assign(model=folder.parent.parent.name, device=facts["device"], commit=commit)
+
+
+def swept(frame: pd.DataFrame) -> bool:
+    """Whether a run is a grid over one method's knobs, which analysis.sweep draws."""
+    others = frame[frame.method != REFERENCE]
+    return others.method.nunique() == 1 and others.variant.nunique() > 3
+
+
+def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
+    """By context length, the sample rows of the run that compares methods, ``variant`` being its budget (text; '' of what runs as it is).
+
+    Runs over one method's knobs are left out. Two runs of one length are no comparison: ConfigError.
+    """
+    runs, found = {}, {}
+    for folder in folders:
+        frame = samples(folder)
+        if swept(frame):
+            continue
+        for ctx, part in frame.groupby("ctx"):
+            if ctx in found:
+                raise ConfigError("RUNS_DIR", str(folder), f"has ctx={ctx}, as {runs[ctx]} has: name one run for each length")
+            runs[ctx] = folder
+            found[ctx] = part.assign(variant=part.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
+    return dict(sorted(found.items()))
 
 
 def guesses(folder: Path) -> dict[str, float]:

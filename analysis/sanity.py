@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.load import run_folders, samples
+from analysis.load import compared, run_folders
+from macbench.errors import ConfigError
 from macbench.summary import REFERENCE, headline, summarise
 
 RUNS = Path("runs/reference/h200/ruler")
@@ -43,11 +44,7 @@ PUBLISHED = {
 def kept(folders: list[Path]) -> pd.DataFrame:
     """Score over full attention's score, a row per method and ``budget`` (text; '' without one), a column per context length."""
     columns = {}
-    frames = [samples(folder) for folder in folders]
-    # A sweep of MAC's knobs asks other tasks of full attention.
-    frame = pd.concat([frame for frame in frames if frame.method.isin(PUBLISHED).any()], ignore_index=True)
-    frame = frame.assign(variant=frame.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
-    for ctx, part in frame.groupby("ctx"):
+    for ctx, part in compared(folders).items():
         rows = headline(summarise(part, each=False)).set_index(["method", "variant"])
         full = rows.score.get((REFERENCE, ""))
         if full:
@@ -73,7 +70,11 @@ def main() -> None:
     folders = run_folders(*(sys.argv[1:] or [RUNS]))
     if not folders:
         sys.exit("analysis.sanity: no runs below " + " ".join(map(str, sys.argv[1:] or [RUNS])))
-    print(table(folders))
+    try:
+        print(table(folders))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

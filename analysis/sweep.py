@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.fig1 import swept
+from analysis.load import swept
 from analysis.records import Missing, Records
 from analysis.style import Drawn
 

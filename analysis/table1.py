@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import style, table
-from analysis.fig1 import swept
+from analysis.load import swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.summary import REFERENCE

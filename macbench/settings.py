@@ -112,8 +112,11 @@ def _expect(cfg: DictConfig, key: str, allowed: str, holds) -> None:
 def build_variants(cfg: DictConfig) -> list[Variant]:
     """The method (one variant per point of ``grid``), then those of ``compare`` that are not the method itself."""
     grid = {key: list(value) if OmegaConf.is_list(value) else [value] for key, value in cfg.grid.items()}
+    knobs = [key for key in cfg.method if key not in ("_target_", "name")]
     for key, values in grid.items():
-        choose(f"grid.{key}", key, [k for k in cfg.method if k not in ("_target_", "name")])
+        if not knobs:
+            raise ConfigError(f"grid.{key}", cfg.grid[key], f"grid varies the chosen method alone, and method={cfg.method.name} has no knobs")
+        choose(f"grid.{key}", key, knobs)
         if not values:
             raise ConfigError(f"grid.{key}", "[]", "must list at least one value")
     variants = []

@@ -23,8 +23,8 @@ _FORMATS = {
     "prefill_s": "{:.2f}",
 }
 _BY_SUBTASK = [
-    *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "difference", "rho_log", "rho_phys", "rho_bytes"),
-    *("hit_rate", "steps", "ms_per_token", "prefill_s"),
+    *("method", "variant", "subtask", "examples", "errors", "score", "score_se", "difference", "p"),
+    *("rho_log", "rho_phys", "rho_bytes", "hit_rate", "steps", "ms_per_token", "prefill_s"),
 ]
 _WIDTH = 150  # characters of a line of text
 # What the columns of the comparison mean, printed below it.
@@ -42,10 +42,10 @@ _LEGEND = {
 
 def format_table(table: pd.DataFrame) -> str:
     """A row per method variant and subtask."""
-    shown = table[_BY_SUBTASK].copy()
+    shown = table.assign(p=_p_values(table))[_BY_SUBTASK]
     for column in shown.columns.intersection(list(_FORMATS)):
         shown[column] = _texts(table, column)
-    for column, nothing in (("variant", ""), ("errors", 0), ("difference", "-"), ("hit_rate", "-")):
+    for column, nothing in (("variant", ""), ("errors", 0), ("difference", "-"), ("p", "-"), ("hit_rate", "-")):
         if (shown[column] == nothing).all():
             shown = shown.drop(columns=column)
     return shown.to_string(index=False)
@@ -61,7 +61,7 @@ def format_comparison(table: pd.DataFrame) -> str:
         "score ± se": [f"{x} ± {se}" if se != "-" else x for x, se in zip(_texts(rows, "score"), _texts(rows, "score_se"), strict=True)],
         "vs full [95%]": [_interval(row) for row in rows.itertuples()],
         "W/L/T": [f"{r.wins:.0f}/{r.losses:.0f}/{r.ties:.0f}" if pd.notna(r.wins) else "-" for r in rows.itertuples()],
-        "p": ["<0.001" if p < 0.001 else text for p, text in zip(rows.mcnemar_p, _texts(rows, "mcnemar_p"), strict=True)],
+        "p": _p_values(rows),
         "n(1pt)": [f"{n:.0f}" if pd.notna(n) else "-" for n in rows.examples_needed],
         **{name: _texts(rows, name) for name in ("rho_log", "rho_phys", "rho_page", "rho_bytes", "hit_rate")},
         "ms/token": _texts(rows, "ms_per_token"),
@@ -92,6 +92,10 @@ def format_frame(frame: pd.DataFrame) -> str:
 
 def _texts(table: pd.DataFrame, column: str) -> list[str]:
     return [_FORMATS.get(column, _FORMATS["score"]).format(x) if pd.notna(x) else "-" for x in table[column]]
+
+
+def _p_values(table: pd.DataFrame) -> list[str]:
+    return ["<0.001" if p < 0.001 else text for p, text in zip(table.mcnemar_p, _texts(table, "mcnemar_p"), strict=True)]
 
 
 def _interval(row) -> str:

@@ -1,12 +1,13 @@
-"""The table of published numbers: shares from rows, and that the documentation holds what the reference runs say."""
+"""Tables over runs that compare methods: shares from rows, and that the documentation holds what the reference runs say."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from analysis import sanity
+from analysis import equal_bytes, load, sanity
 from macbench.counting import TOTALS
+from macbench.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +26,7 @@ def test_shares_are_of_full_attention_by_context_and_budget(monkeypatch):
         *rows(8192, "full", "", [0.4]),
         *rows(8192, "kivi", "", [0.3]),
     ]
-    monkeypatch.setattr(sanity, "samples", lambda folder: pd.DataFrame(made))
+    monkeypatch.setattr(load, "samples", lambda folder: pd.DataFrame(made))
     found = sanity.kept([Path("run")])
     assert found[4096].dropna().to_dict() == {("snapkv", "0.25"): 0.5, ("snapkv", "0.1"): pytest.approx(0.2)}
     assert found[8192].dropna().to_dict() == {("kivi", ""): pytest.approx(0.75)}
@@ -37,6 +38,26 @@ def test_shares_are_of_full_attention_by_context_and_budget(monkeypatch):
 def test_the_documentation_holds_what_the_reference_runs_say():
     """python -m analysis.sanity writes the table that belongs there."""
     assert sanity.table(sanity.run_folders(ROOT / sanity.RUNS)) in (ROOT / "docs/methods.md").read_text()
+
+
+def test_the_page_of_equal_bytes_holds_what_the_reference_runs_say():
+    """python -m analysis.equal_bytes --full writes the tables that belong there, without the sweep of one method that lies beside the runs."""
+    folders = sanity.run_folders(ROOT / sanity.RUNS)
+    assert any(load.swept(load.samples(folder)) for folder in folders)
+    assert (ROOT / "docs/equal_bytes.md").read_text().rstrip().endswith(equal_bytes.full(folders))
+
+
+def test_sweeps_are_left_out_and_runs_of_one_length_are_never_pooled(monkeypatch):
+    runs = {
+        "sweep": [*rows(4096, "full", "", [0.0]), *(row for tau in range(4) for row in rows(4096, "mac", f"tau={tau}", [0.0]))],
+        "one": [*rows(4096, "full", "", [1.0]), *rows(4096, "snapkv", "budget=0.1 capacity=400", [0.5])],
+        "two": rows(4096, "full", "", [0.2]),
+    }
+    monkeypatch.setattr(load, "samples", lambda folder: pd.DataFrame(runs[folder.name]))
+    found = equal_bytes.measured([Path("sweep"), Path("one")])
+    assert found[4096].set_index(["method", "variant"]).score.to_dict() == {("full", ""): 1.0, ("snapkv", "0.1"): 0.5}
+    with pytest.raises(ConfigError, match="RUNS_DIR=two: has ctx=4096, as one has"):
+        equal_bytes.measured([Path("one"), Path("two")])
 
 
 def test_every_method_has_a_line():

@@ -103,6 +103,7 @@ def test_printed(samples):
     assert "0.625 ± 0.161" in quest and "-0.042 [" in quest and "2/1/4" in quest
     assert " p " not in lines[8] and "hit_rate" not in text and "variant" not in text
     assert text.splitlines()[-1].endswith("in bytes") and max(map(len, lines)) <= 150
+    assert " p " in lines[0] and [line.split()[6] for line in lines[1:7]] == ["-", "-", "-", "1.000", "-", "-"]  # right or wrong in one subtask alone
     alone = summarise(samples[(samples.method == "quest") & (samples.subtask == "one")])
     assert format_summary(alone) == format_table(alone)  # one row says it all
 

@@ -40,15 +40,16 @@ class KIVI(Method):
     residual: int = 128
 
     host_state = ("_quantised",)
+    BITS = (2, 4)
 
     def __post_init__(self):
-        require(self.bits in (2, 4), "method", "bits", self.bits, "2 or 4")
+        require(self.bits in self.BITS, "method", "bits", self.bits, " or ".join(map(str, self.BITS)))
         require(self.group in GROUPS, "method", "group", self.group, f"one of {', '.join(map(str, GROUPS))}")
         whole = isinstance(self.residual, int) and self.residual > 0 and self.residual % self.group == 0
         require(whole, "method", "residual", self.residual, f"a positive multiple of method.group={self.group}")
 
     def fit(self, rho, tokens, shape, generated=1):
-        return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=2), replace(self, bits=4))})
+        return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=bits) for bits in self.BITS)})
 
     def ratio(self, tokens, shape):
         """rho_bytes with ``tokens`` visible."""

@@ -47,6 +47,10 @@ class TidalDecode(Method):
         if ctx <= self.budget:
             return f"tidaldecode keeps {self.budget} tokens; ctx={ctx} runs as full attention"
 
+    def check(self, shape):
+        allowed = f"a layer of the model behind layer 2, at most {shape.layers - 1}"
+        require(self.reselect < shape.layers, "method", "reselect", self.reselect, allowed)
+
     def fit(self, rho, tokens, shape, generated=1):
         f = len([i for i in {*FIRST, self.reselect} if i < shape.layers]) / shape.layers
         budget = 0 if f == 1 else round((rho - f) / (1 - f) * tokens)

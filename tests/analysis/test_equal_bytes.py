@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import equal_bytes
+from analysis import equal_bytes, load
 from macbench.counting import TOTALS
 
 
@@ -25,7 +25,7 @@ def runs(monkeypatch):
         *rows(4096, "snapkv", "budget=0.25 capacity=1000", [0.5, 0.25]),
         *rows(4096, "int8", "", [1.0, 0.0], 2, 0.875),
     ]
-    monkeypatch.setattr(equal_bytes, "samples", lambda folder: pd.DataFrame(made))
+    monkeypatch.setattr(load, "samples", lambda folder: pd.DataFrame(made))
 
 
 def test_methods_stand_in_the_order_of_their_scores_and_floors_are_named():

@@ -10,6 +10,7 @@ from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
 from macbench.methods.int8 import INT8
 from macbench.methods.kivi import KIVI
+from macbench.methods.kivi_2bit import KIVI2Bit
 from tests.conftest import DEVICE
 from tests.kernels.test_quantised import restored
 from tests.methods.driver import Driver, Stream
@@ -134,6 +135,9 @@ def test_budgets():
     assert KIVI(4).fit(0.2, 131072, LLAMA).bits == 2
     assert KIVI(2).fit(0.3, 131072, LLAMA).bits == 4
     assert INT8().fit(0.5, 131072, LLAMA) == INT8()
+    assert KIVI2Bit().fit(0.2, 131072, LLAMA) == KIVI2Bit()
+    with pytest.raises(ConfigError, match=r"budget=0.3: must be within 10% of 0.188 for kivi_2bit"):
+        KIVI2Bit().fit(0.3, 131072, LLAMA)
     with pytest.raises(ConfigError, match=r"budget=0.1: must be within 10% of 0.188 or 0.313 for kivi at 131072 tokens; 0.188 is its floor"):
         KIVI().fit(0.1, 131072, LLAMA)
     with pytest.raises(ConfigError, match=r"budget=0.25: must be within 10% of 0.516 for int8"):

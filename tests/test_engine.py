@@ -18,10 +18,8 @@ NEW_TOKENS = 12
 CASES = [
     ("niah_single_1", 1024),
     ("fwe", 1536),
-    ("cwe", 1536),
     ("niah_single_1", 2048),
     ("vt", 3072),
-    ("niah_multikey_3", 4096),
 ]
 
 

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from macbench_kernels import Kernels, PagedKVCache, PagePool
+from macbench_kernels import Kernels, PagedKVCache, PagePool, UnsupportedError, one_by_one
 
 from macbench.counting import Ledger, Shape
 from macbench.decoder import Decoder, Preparation
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
-from macbench.models.forward import make_forward, waits_for_device
+from macbench.models.forward import NOT_INVARIANT, make_forward, waits_for_device
 from macbench.models.placement import compute_device, offloaded
 from macbench.sampling import greedy
 
@@ -109,11 +109,13 @@ class Engine:
 
     ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs, where that
     is possible: on a GPU, and unless weights come and go or a mixture of experts waits for the device. ``captures`` says whether it is.
+    ``batch_invariant``: a request's logits are, to the last bit, those that it gets alone; see ``one_by_one``, and ``invariant`` of the forwards.
     """
 
     def __init__(
-        self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True
-    ):
+        self, network: torch.nn.Module, kernels: Kernels, ctx: int, page_size: int = 16, chunk: int = 4096, batch: int = 1, graph: bool = True,
+        batch_invariant: bool = False,
+    ):  # fmt: skip
         self.network, self.kernels, self.ctx, self.chunk, self.batch = network, kernels, ctx, chunk, batch
         cuda = compute_device(network).type == "cuda"
         self.captures = graph and kernels.captures and cuda and not offloaded(network) and not waits_for_device(network)
@@ -123,6 +125,10 @@ class Engine:
         pages = batch * (-(-ctx // page_size) + _SPARE_PAGES) + _SPARE_PAGES
         self.pool = PagePool(s.layers, s.kv_heads, s.head_dim, pages, page_size, s.dtype, s.device)
         self.forward = make_forward(network, ctx, batch)
+        if batch_invariant and batch > 1:
+            if not self.forward.invariant(batch):
+                raise UnsupportedError(f"batch_invariant: {NOT_INVARIANT}")
+            self.kernels = one_by_one(kernels)
         self._decoders: dict[tuple[int, int], Decoder] = {}
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ from macbench_kernels import kmeans
 from macbench_kernels.cache import OutOfPages, PagedKVCache, PagePool
 from macbench_kernels.dispatch import BACKENDS, Kernels, UnsupportedError, kernels
 from macbench_kernels.mac import MacParams, MacStep
+from macbench_kernels.one_by_one import one_by_one
 from macbench_kernels.quantised import Codes, Scheme
 from macbench_kernels.ring import Match, Ring, scanned_rows
 from macbench_kernels.select import present
@@ -33,6 +34,7 @@ __all__ = [
     "kernels",
     "kmeans",
     "merge",
+    "one_by_one",
     "present",
     "rounded",
     "scanned_rows",

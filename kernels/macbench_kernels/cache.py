@@ -5,6 +5,7 @@ consecutive pages is a plain [kv_heads, tokens, head_dim] view (no gather on the
 contiguous block (a single wide load on the GPU).
 """
 
+import copy
 import heapq
 
 import torch
@@ -134,6 +135,13 @@ class PagedKVCache:
         spans = [(max(a, start), min(b, stop), slot - a) for a, b, slot in self.runs(request)]
         pieces = [rows[:, :, lo + shift : hi + shift] for lo, hi, shift in spans if lo < hi]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else rows[:, :, :0]
+
+    def only(self, request: int) -> "PagedKVCache":
+        """One request as a cache of its own, to be read from until this one grows; nothing is copied."""
+        view, row = copy.copy(self), slice(request, request + 1)
+        view.tables, view.host_lengths, view.active, view._runs = self.tables[row], self.host_lengths[row], self.active[row], {}
+        view.lengths, view.growing, view.block_table = self.lengths[row], self.growing[row], self.block_table[row]
+        return view
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

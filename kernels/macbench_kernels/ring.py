@@ -49,6 +49,11 @@ class Ring:
     def capacity(self) -> int:
         return self.q.shape[2]
 
+    def only(self, request: int) -> "Ring":
+        """The ring of one request; nothing is copied."""
+        row = slice(request, request + 1)
+        return Ring(self.q[row], self.out[row], self.lse[row], self.depth[row])
+
     def clear(self, request: int) -> None:
         """Forget all entries of a request."""
         for part, empty in ((self.q, 0), (self.out, 0), (self.lse, float("-inf")), (self.depth, 0)):

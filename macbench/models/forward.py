@@ -14,6 +14,10 @@ from macbench.models.adapter import intercept
 from macbench.models.placement import compute_device, offloaded
 
 
+# Where ``invariant`` is false.
+NOT_INVARIANT = "needs the fused step of a GPU, at most 16 requests and no mixture of experts: other products depend on the number of their rows"
+
+
 class Modules:
     """transformers' modules as they are."""
 
@@ -23,6 +27,10 @@ class Modules:
         self.network = network
         # A mask of four dimensions is taken as given, whatever its values: no search for packed sequences, which would wait for the device.
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=compute_device(network))
+
+    def invariant(self, batch: int) -> bool:
+        """Whether what lies between the attentions gives each of up to ``batch`` texts the same, to the last bit, as it gets alone."""
+        return False
 
     @contextmanager
     def attending(self, attend) -> Iterator[None]:

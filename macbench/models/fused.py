@@ -67,6 +67,12 @@ class Fused:
         half = cos.shape[-1] // 2
         self.cos, self.sin = (part[0, :, :half].float().contiguous() for part in (cos, sin))
 
+    def invariant(self, batch: int) -> bool:
+        """See models/forward.py. Own products sum in the same order whatever the number of rows; torch's take other kernels for other numbers."""
+        from macbench_kernels.triton_linear import MAX_ROWS
+
+        return batch <= MAX_ROWS and all(layer.gate_up is not None for layer in self.layers)
+
     @contextmanager
     def attending(self, attend) -> Iterator[None]:
         outer, self.attend = self.attend, attend

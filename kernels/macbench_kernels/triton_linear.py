@@ -28,7 +28,7 @@ class Scaled(NamedTuple):
     squares: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one layout, and with it one order of the partial sums of squares, for any number of rows
 def _linear(
     x_ptr, w_ptr, bias_ptr, residual_ptr, squares_ptr, gain_ptr, out_ptr, scaled_ptr, parts_ptr, rows, n, parts, eps,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,

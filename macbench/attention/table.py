@@ -1,11 +1,13 @@
 """Rows of the benchmark as a text table and as one parquet file."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from macbench.errors import ConfigError
 from macbench.redact import redact
 
 _TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
@@ -30,6 +32,19 @@ def write(rows: list[dict], path: Path, facts: dict, schema: pa.Schema = SCHEMA)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"macbench": redact(json.dumps(facts))}))
     pq.write_table(table, path, compression="zstd")
+
+
+def ready(path: Path) -> Path:
+    """The same path, into which a file can be written; a ConfigError before anything is measured if none can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError("file", path, f"cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise ConfigError("file", path, "is a folder; must be a parquet file to write")
+    return path
 
 
 HEADER = (

@@ -5,7 +5,7 @@ python -m macbench.bench.same_tokens [prompts=16] [new_tokens=64] [ctx=4096] [de
 Each way is compared with batch 1, eager. Until the first token that differs both were given the same tokens, so their logits can be compared
 there: how far apart they are at every step, and whether a difference as large as those before it is enough to turn the two best
 around. dtype=float32 makes roundings 2^16 times smaller. "batch, invariant" is a batch whose attention goes request by request
-(``batch_invariant`` of the engine): if it writes what single requests write, what a batch changes is the order of sums in its attention, and nothing else.
+(``batch_invariant`` of the engine): if it writes what single requests write, all that a batch changes is the order of sums in its attention.
 """
 
 import sys
@@ -74,8 +74,8 @@ def difference(got: Steps, want: Steps) -> dict:
     """How far logits are from those of batch 1, eager, where both were given the same tokens.
 
     ``differences``: the largest of any logit, for each token up to the first that differs. ``difference_before``: the largest of those before it.
-    ``gap_change``: how much nearer, there, the logit of the token that was chosen came to that of the token of batch 1. ``explained``: the gap is at most
-    twice ``difference_before``, which is what two logits may come nearer each other at a step like those before.
+    ``gap_change``: how much nearer, there, the logit of the token that was chosen came to that of the token of batch 1. ``explained``: the gap is
+    no larger than that, and at most twice ``difference_before``, by which two logits can come nearer at a step like those before.
     """
     at = _first(a != b for a, b in zip(got.tokens, want.tokens, strict=True))
     upto = len(want.tokens) if at is None else at + 1
@@ -120,7 +120,8 @@ def told(rows: list[dict], method: str) -> list[str]:
     for way in dict.fromkeys(row["way"] for row in mine):
         here = [row for row in mine if row["way"] == way]
         apart = [value for row in here for value in row["differences"]]
-        line = f"{method:<5} {way:<16} same text: {sum(r['same'] for r in here)} of {len(here)}; logits differ by {median(apart):.2g} (median), {max(apart):.2g}"
+        line = f"{method:<5} {way:<16} same text: {sum(r['same'] for r in here)} of {len(here)}"
+        line += f"; logits differ by {median(apart):.2g} (median), at most {max(apart):.2g}"
         matched = [row for row in here if row["first_other_match"] is not None]
         lines += [line + f"; other matches in {len(matched)}" * (method == "mac"), *(_one(row) for row in here if not row["same"])]
     smallest = [row["smallest_gap"] for row in mine if row["way"] == "eager"]
@@ -168,7 +169,7 @@ def main() -> None:
     from macbench.tasks.ruler import Ruler
 
     config = configured()
-    device = resolve_device(config.device)
+    device, target = resolve_device(config.device), table.ready(Path(config.out)) if config.out else None
     try:
         layer_kernels = kernels(config.backend, device)
     except UnsupportedError as error:
@@ -190,10 +191,10 @@ def main() -> None:
         if name in config.methods:
             rows += compare(network, prompts, {name: method}, config.new_tokens, config.ctx, config.batch, layer_kernels, ways)
             print("\n".join(told(rows, name)), flush=True)
-            if config.out:
-                table.write(rows, Path(config.out), facts(device, "macbench.bench.same_tokens") | known, SCHEMA)
-    if config.out:
-        print(f"records: {config.out}")
+            if target is not None:
+                table.write(rows, target, facts(device, "macbench.bench.same_tokens") | known, SCHEMA)
+    if target is not None:
+        print(f"records: {target}")
 
 
 if __name__ == "__main__":

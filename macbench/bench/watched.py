@@ -53,10 +53,10 @@ def decoded(
         ready = [engine.prefill(list(ids), method.prompt_queries) for ids in prompts[start : start + size]]
         logits, matches = [torch.stack([p.logits for p in ready])], []
 
-        def watch(step, now, logits=logits, matches=matches, count=len(ready)):
-            logits.append(now[:count].float().clone())
+        def watch(step, now, logits=logits, matches=matches):
+            logits.append(now.float().clone())
             if isinstance(method, Watched):
-                matches.append((method.sources[:, :count].clone(), method.distances[:, :count].clone()))
+                matches.append((method.sources.clone(), method.distances.clone()))
 
         done = engine.decode_batch([Request(p, new_tokens) for p in ready], method, watch=watch)
         parts = [torch.stack(part, 2).permute(1, 2, 0, 3) for part in zip(*matches, strict=True)]  # [B, steps, layers, Hq]

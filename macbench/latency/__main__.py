@@ -10,15 +10,16 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from macbench.attention.__main__ import facts
-from macbench.latency import table
+from macbench.attention.table import ready
+from macbench.cli import load_option, options
+from macbench.errors import ConfigError, choose, one_line
+from macbench.latency import command, table
 from macbench.latency.bench import measure
 from macbench.methods.mac import MAC
-from macbench.models import random_weights
 
-_MODELS = Path(__file__).parents[2] / "conf/model"
 PRESETS = {
     # Llama-3.1-8B: what one request costs at 32K and 127K, and the largest batch that fits into 80 GB.
     "reach": [
@@ -29,22 +30,53 @@ PRESETS = {
 }
 
 
+def asked(argv: list[str]) -> tuple[object, list[dict], Path | None]:
+    """The ``conf/model`` node, arguments of ``measure`` for each part, and where rows go; a mistake is a ConfigError."""
+    name, grid, *file = argv
+    choose("model", name, [option for option in options("model") if load_option("model", option).get("random")])
+    model = load_option("model", name)
+    try:
+        parts = PRESETS[grid] if grid in PRESETS else [json.loads(grid)]
+    except ValueError as error:
+        raise ConfigError("grid", grid, f'must be {", ".join(PRESETS)}, or a JSON object such as {{"ctx": [32768]}} ({one_line(error)})') from error
+    checked = [_checked(part, model) for part in parts]
+    return model, checked, ready(Path(file[0])) if file else None
+
+
+def _checked(part: object, model) -> dict:
+    defaults = {k: v for k, v in OmegaConf.to_container(load_option("task", "decode")).items() if k not in ("name", "data_path")} | {
+        "ctx": [32 << 10]
+    }
+    if not isinstance(part, dict):
+        raise ConfigError("grid", part, f"must be an object with keys of {', '.join(defaults)}")
+    for key in part:
+        choose("grid", key, defaults)
+    knobs = defaults | part
+    contexts = knobs.pop("ctx") if isinstance(knobs["ctx"], list) else [knobs.pop("ctx")]
+    mac = MAC()
+    method = {"name": "mac", "window": mac.window, "band": mac.band, "sink": mac.sink, "min_context": mac.min_context}
+    return command.check(knobs, method, model, contexts) | {"ctx": contexts}
+
+
 def main(argv: list[str]) -> int:
-    if len(argv) < 2 or not torch.cuda.is_available():
-        print(
-            __doc__ if torch.cuda.is_available() else "macbench: times a GPU and finds no CUDA device; use python -m macbench.run task=decode",
-            file=sys.stderr,
-        )
+    if len(argv) not in (2, 3):
+        print(__doc__, file=sys.stderr)
         return 2
     began = perf_counter()
-    spec = yaml.safe_load((_MODELS / f"{argv[0]}.yaml").read_text())
-    network = random_weights.build(spec["random"], "cuda", torch.bfloat16)
+    try:
+        model, parts, target = asked(argv)
+        if not torch.cuda.is_available():
+            raise ConfigError("device", "cuda", "times a GPU and finds no CUDA device; use python -m macbench.run task=decode")
+        network = command.random_network(model, "cuda", torch.bfloat16)
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        return 2
     rows = []
     print(table.HEADER, flush=True)
-    for config in PRESETS[argv[1]] if argv[1] in PRESETS else [json.loads(argv[1])]:
-        rows += measure(network, argv[0], True, mac=MAC(), say=lambda row: print(table.line(row), flush=True), **config)
-        if len(argv) > 2:
-            table.write(rows, Path(argv[2]), facts("cuda", "macbench.latency"))
+    for part in parts:
+        rows += measure(network, model.name, True, mac=MAC(), say=lambda row: print(table.line(row), flush=True), **part)
+        if target is not None:
+            table.write(rows, target, facts("cuda", "macbench.latency"))
         print(f"{perf_counter() - began:.0f} s", flush=True)
     return 0
 

@@ -1,6 +1,8 @@
 """task=decode as a run: plain dicts of the configuration in, a table and one parquet file out."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,34 +26,21 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
 
     ``model``: the ``conf/model`` node. ``facts()``: what goes into the parquet's metadata.
     """
-    knobs = check(task, method, model)
+    knobs = check(task, method, model, contexts)
     if device == "cpu":
         knobs["backends"] = ["torch"]
     if backend != "auto":
         knobs["backends"] = [choose("backend", backend, BACKENDS)]
     mac = MAC(**{k: v for k, v in method.items() if k not in ("_target_", "name")}) if method["name"] == "mac" else None
     name, prompts = model["name"], None
-    most = model.random["max_position_embeddings"] if model.get("random") else max_context(model)
-    for ctx in contexts:
-        after = positions(ctx, knobs["steps"]) - ctx
-        if ctx + after > most:
-            raise ConfigError("ctx", ctx, f"and the {after} decode steps after it must fit into the {most} positions of {name}")
-    if mac is not None and "real" not in knobs["hit_rate"]:
-        check_hits(contexts, [mac.window], method, knobs["hit_rate"])
-    try:
-        if model.get("random"):
-            network = random_weights.build(OmegaConf.to_container(model.random, resolve=True), device, dtype, seed)
-        else:
-            chat = load_chat(model)
+    if model.get("random"):
+        network = random_network(model, device, dtype, seed)
+    else:
+        chat = load_chat(model)
+        with weights(name, device, dtype, "take a smaller model"):
             network = load(model, device, chat).network
-            if "real" in knobs["hit_rate"]:
-                prompts = essays(chat, task["data_path"])
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        smaller = "lower model.random.num_hidden_layers or take a smaller model" if model.get("random") else "take a smaller model"
-        said = f"its weights in {str(dtype).removeprefix('torch.')} do not fit into the memory of {device}; {smaller} ({one_line(error)})"
-        raise ConfigError("model", name, said) from error
+        if "real" in knobs["hit_rate"]:
+            prompts = essays(chat, task["data_path"])
     rows = measure(
         network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, seed=seed, **knobs,
         say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
@@ -62,7 +51,25 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
     return 1 if any(row["error"] and not excused(row["error"]) for row in rows) else 0
 
 
-def check(task: dict, method: dict, model) -> dict:
+def random_network(model, device: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+    """The network of a ``conf/model`` node with random weights; a ConfigError if there is no room for them."""
+    with weights(model["name"], device, dtype, "lower model.random.num_hidden_layers or take a smaller model"):
+        return random_weights.build(OmegaConf.to_container(model.random, resolve=True), device, dtype, seed)
+
+
+@contextmanager
+def weights(name: str, device: str, dtype: torch.dtype, smaller: str) -> Iterator[None]:
+    """Where weights are made or loaded: what does not fit into the memory is a ConfigError that says what is ``smaller``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        said = f"its weights in {str(dtype).removeprefix('torch.')} do not fit into the memory of {device}; {smaller} ({one_line(error)})"
+        raise ConfigError("model", name, said) from error
+
+
+def check(task: dict, method: dict, model, contexts: list[int]) -> dict:
     """The task's knobs as arguments of ``measure``."""
     choose("method", method["name"], ("full", "mac"))
     knobs = {key: task[key] for key in ("steps", "misses", "prefill", "generate", "max_gap")}
@@ -91,4 +98,12 @@ def check(task: dict, method: dict, model) -> dict:
                 raise ConfigError("task.hit_rate", rate, "needs a model with real weights, and stands alone: task.hit_rate=[real]")
         elif isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
             raise ConfigError("task.hit_rate", rate, "must be a number from 0 to 1, or real")
+    number_list("ctx", contexts, 1)
+    most = model["random"]["max_position_embeddings"] if model.get("random") else max_context(model)
+    for ctx in contexts:
+        after = positions(ctx, knobs["steps"]) - ctx
+        if ctx + after > most:
+            raise ConfigError("ctx", ctx, f"and the {after} decode steps after it must fit into the {most} positions of {model['name']}")
+    if method["name"] == "mac" and "real" not in knobs["hit_rate"]:
+        check_hits(contexts, [method["window"]], method, knobs["hit_rate"])
     return knobs

@@ -13,7 +13,6 @@ from macbench.models import fused
 from macbench.models.adapter import intercept
 from macbench.models.placement import compute_device, offloaded
 
-
 # Where ``invariant`` is false.
 NOT_INVARIANT = "needs the fused step of a GPU, at most 16 requests and no mixture of experts: other products depend on the number of their rows"
 

@@ -1,5 +1,7 @@
 """task=decode on a tiny model: bytes, floors and ratios follow from their definitions, synthetic hits hit, failures are rows."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +10,7 @@ from omegaconf import OmegaConf
 
 from macbench.decoder import Decoder
 from macbench.errors import ConfigError
+from macbench.latency import __main__ as script
 from macbench.latency import bench, command, table
 from macbench.latency.bench import measure, weight_bytes
 from macbench.methods.full import Full
@@ -168,7 +171,7 @@ TASK = {"batch": [1], "steps": 8, "hit_rate": [0], "misses": "random", "backends
 )  # fmt: skip
 def test_wrong_input_names_the_key(key, value):
     with pytest.raises(ConfigError) as error:
-        command.check(TASK | {key: value}, {"name": "mac"}, {"random": {}, "name": "x"} | {"random": {"a": 1}})
+        command.check(TASK | {key: value}, {"name": "mac"}, {"name": "x", "random": {"a": 1}}, [100])
     assert key in str(error.value) and "\n" not in str(error.value)
 
 
@@ -202,3 +205,42 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^model=small: its weights in float32 do not fit .* lower model\.random\.num_hidden_layers") as error:
         run(tmp_path, [100], vocab_size=2**53)
     assert "\n" not in str(error.value)
+
+
+GRID = {"ctx": [4096], "batch": [1], "steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["random_llama31_9b", "reach"], "model=random_llama31_9b: must be one of random_llama31_70b, random_llama31_8b"),
+        (["smollm2", "reach"], "model=smollm2: must be one of random_"),
+        (["random_llama31_8b", "reahc"], "grid=reahc: must be reach, or a JSON object"),
+        (["random_llama31_8b", "{"], "grid={: must be"),
+        (["random_llama31_8b", "[1]"], "grid=[1]: must be an object with keys of batch, steps"),
+        (["random_llama31_8b", GRID | {"contexts": 5}], "grid=contexts: must be one of"),
+        (["random_llama31_8b", GRID | {"batch": [0]}], "batch=0: must be an integer of at least 1"),
+        (["random_llama31_8b", GRID | {"ctx": [131072]}], "ctx=131072: and the 26 decode steps after it must fit into the 131072 positions"),
+        (["random_llama31_8b", GRID | {"ctx": "32k"}], "ctx=32k: must be an integer of at least 1"),
+        (["random_llama31_8b", GRID | {"ctx": [1000]}], "ctx=1000: is below method.min_context=2048"),
+        (["random_llama31_8b", GRID | {"hit_rate": ["real"]}], "task.hit_rate=real: needs a model with real weights"),
+        (["random_llama31_8b", GRID, "/dev/null/rows.parquet"], "file=/dev/null/rows.parquet: cannot be written"),
+        (["random_llama31_8b", GRID, "/tmp"], "file=/tmp: is a folder"),
+    ],
+)
+def test_without_hydra_wrong_input_is_one_line(arguments, said, capsys):
+    assert script.main([x if isinstance(x, str) else json.dumps(x) for x in arguments]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith(f"macbench: {said}") and error.count("\n") == 1
+
+
+def test_without_hydra_weights_that_do_not_fit_are_one_line(monkeypatch, capsys):
+    def build(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(random_weights, "build", build)
+    assert script.main(["random_llama31_70b", json.dumps(GRID)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("macbench: model=random_llama31_70b: its weights in bfloat16 do not fit into the memory of cuda; lower")
+    assert error.count("\n") == 1

@@ -55,7 +55,7 @@ def test_what_it_cannot_serve_is_named():
 
 
 def test_a_request_gets_what_it_gets_alone():
-    """Own products and attention request by request: logits of a batch are bit for bit those of single requests; and where that cannot be promised."""
+    """Own products and attention request by request: logits of a batch are bit for bit those of single ones; and where that is no promise."""
     network = tiny("llama", torch.float32)
     fused = Fused(network, 80)
     assert fused.invariant(16) and not fused.invariant(17) and not Fused(tiny("qwen3_moe", torch.float32), 80).invariant(2)

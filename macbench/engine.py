@@ -127,7 +127,7 @@ class Engine:
         self.forward = make_forward(network, ctx, batch)
         if batch_invariant and batch > 1:
             if not self.forward.invariant(batch):
-                raise UnsupportedError(f"batch_invariant: {NOT_INVARIANT}")
+                raise UnsupportedError(NOT_INVARIANT)
             self.kernels = one_by_one(kernels)
         self._decoders: dict[tuple[int, int], Decoder] = {}
 

@@ -102,6 +102,11 @@ def config_hash(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def engine_knobs(engine: dict) -> dict:
+    """What of the engine's knobs names a run: a later one that is off says nothing, so that runs from before there was it keep their names."""
+    return {key: value for key, value in engine.items() if key != "batch_invariant" or value}
+
+
 def placeless(model: dict) -> dict:
     """A model's settings without where its files lie and how they are spread: a file whose hash is fixed is the same one anywhere."""
     found = {key: value for key, value in model.items() if key != "device_map"}

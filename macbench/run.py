@@ -29,7 +29,7 @@ from macbench.models.chat import Chat
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
-from macbench.records import KEY, RunDirectory, config_hash, placeless, read_table
+from macbench.records import KEY, RunDirectory, config_hash, engine_knobs, placeless, read_table
 from macbench.redact import by_name, redact
 from macbench.rows import layer_rows, sample_columns, step_rows
 from macbench.settings import Variant
@@ -153,7 +153,8 @@ def target(cfg: DictConfig) -> Path:
     if cfg.task.name == "trace":
         sources = config["task"]["sources"].items()
         config["task"]["sources"] = {name: own and {k: v for k, v in own.items() if k not in LOCATION_KEYS} for name, own in sources}
-        name = config_hash({key: value for key, value in config.items() if key not in OUTPUT_KEYS} | {"limit": cfg.limit})
+        kept = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
+        name = config_hash(kept | {"limit": cfg.limit, "engine": engine_knobs(config["engine"])})
         return Path(cfg.runs_dir) / "trace" / model_name(cfg) / str(cli.parse_ctx(cfg.ctx)) / f"trace-{name}"
     task, method, contexts = _plain(cfg)
     if cfg.task.name == "attention":
@@ -234,7 +235,9 @@ def cache_bytes(cfg: DictConfig, plan: Plan) -> int:
 def make_engine(cfg: DictConfig, layer: Kernels, ctx: int, model: LoadedModel) -> Engine:
     batch = cfg.batch or 1
     try:
-        return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
+        return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph, cfg.engine.batch_invariant)
+    except UnsupportedError as error:
+        raise ConfigError("engine.batch_invariant", True, str(error)) from error
     except (RuntimeError, MemoryError) as error:
         said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
         raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
@@ -262,7 +265,7 @@ def model_name(cfg: DictConfig) -> str:
 def identity(cfg: DictConfig, plan: Plan) -> dict:
     """Everything that can change a number but the task's protocol: the configuration and what its automatic values came to."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | plan.resolved
+    found = {key: value for key, value in config.items() if key not in OUTPUT_KEYS} | {"engine": engine_knobs(config["engine"])} | plan.resolved
     found["task"] = {key: value for key, value in found["task"].items() if key not in LOCATION_KEYS}
     found["model"] = placeless(found["model"])
     return found

@@ -67,7 +67,8 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "retry", "null, or failed: examples that ended with an error are made again", lambda v: v in (None, "failed"))
     share([], cfg.get("shard"))
     _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
-    _expect(cfg, "engine.graph", "true or false", lambda v: isinstance(v, bool))
+    for key in ("engine.graph", "engine.batch_invariant"):
+        _expect(cfg, key, "true or false", lambda v: isinstance(v, bool))
     positive = isinstance(cfg.get("expect"), int) and not isinstance(cfg.expect, bool) and cfg.expect >= 1
     _expect(cfg, "expect", "null or an integer of at least 1", lambda v: v is None or positive)
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from macbench import run as run_module
+from macbench.records import engine_knobs
 from macbench.tasks.ruler import Ruler
 from tests import real
 
@@ -97,6 +98,7 @@ def samples(tmp_path) -> pd.DataFrame:
         (["task=decode", "task.hit_rate=[real,0]"], ["task.hit_rate=real"]),
         (["batch=[1,2]"], ["batch=[1, 2]", "at least 1"]),
         (["engine.graph=maybe"], ["engine.graph=maybe", "true or false"]),
+        (["engine.batch_invariant=1"], ["engine.batch_invariant=1", "true or false"]),
         (["follow=-1"], ["follow=-1"]),
         (["ctx=129k"], ["ctx=129k", "131072", "smollm2_128k"]),
         *[([f"shard={value}"], [f"shard={value}", "1/4"]) for value in ("0/4", "5/4", "1/0", "4", "a/b")],
@@ -389,6 +391,20 @@ def test_identity_is_what_can_change_a_number(macbench, tiny_args, tmp_path):
     assert len(list(folder.rglob("samples"))) == 1
     assert macbench(*tiny_args, "method=full", "limit=1", "model.dtype=bfloat16")[0] == 0
     assert len(list(folder.rglob("samples"))) == 2
+    assert macbench(*tiny_args, "method=full", "limit=1", "engine.batch_invariant=true")[0] == 0
+    assert len(list(folder.rglob("samples"))) == 3
+
+
+def test_a_later_knob_of_the_engine_that_is_off_leaves_the_name():
+    before = {"page_size": 16, "graph": True, "prefill_chunk": 4096}
+    assert engine_knobs(before | {"batch_invariant": False}) == before
+    assert engine_knobs(before | {"batch_invariant": True}) != before
+
+
+def test_a_batch_that_cannot_be_invariant_is_refused(macbench, tiny_args):
+    code, _, err = macbench(*tiny_args, "method=full", "limit=2", "batch=2", "engine.batch_invariant=true")
+    assert (code, err.strip().count("\n")) == (2, 0), err
+    assert "engine.batch_invariant=True: needs the fused step of a GPU, at most 16 requests" in err
 
 
 def test_a_method_that_cannot_act_says_so(macbench, tiny_args):

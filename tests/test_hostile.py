@@ -405,7 +405,18 @@ def test_random_contexts(text):
 
 KEYS = [
     *("ctx", "batch", "limit", "shard", "retry", "compare", "follow", "grid", "grid.tau", "budget", "seed", "device", "backend", "runs_dir"),
-    *("engine", "engine.page_size", "engine.prefill_chunk", "engine.graph", "method", "method.tau", "method.window", "method.name", "task"),
+    *(
+        "engine",
+        "engine.page_size",
+        "engine.prefill_chunk",
+        "engine.graph",
+        "engine.batch_invariant",
+        "method",
+        "method.tau",
+        "method.window",
+        "method.name",
+        "task",
+    ),
     *("task.subtasks", "task.data_path", "task.name", "model", "model.path", "model.dtype", "model.template", "model.gguf", "model.revision"),
     *("judge", "judge.share", "logger", "logger.mode", "hydra", "hydra.run.dir", "no_such", "method._target_", "task._target_"),
 ]

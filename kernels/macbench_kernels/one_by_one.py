@@ -36,7 +36,7 @@ def one_by_one(base: Kernels) -> Kernels:
         return MacStep(**{name: torch.cat([part[name] for part in parts], 2 if name == "spans" else 0) for name in MacStep._fields})
 
     def refuse(*args, **kwargs):
-        raise UnsupportedError("request by request go only full attention, attention over spans and MAC's step")
+        raise UnsupportedError("request by request (batch_invariant) go only full attention, attention over spans and MAC's step")
 
     own = {"attend": attend, "full": full, "mac_step": mac_step}
     others = {field.name: refuse for field in fields(base) if field.name not in (*own, *_AS_THEY_ARE)}

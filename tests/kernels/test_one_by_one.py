@@ -63,7 +63,7 @@ def test_a_request_gets_what_it_gets_alone(name):
 
 def test_what_does_not_go_request_by_request_is_refused():
     plain = kernels("torch", DEVICE)
-    with pytest.raises(UnsupportedError, match="go only full attention"):
+    with pytest.raises(UnsupportedError, match="go only full attention, attention over spans"):
         one_by_one(plain).attend_selected(None, None)
     with pytest.raises(UnsupportedError, match="plans a step"):
         one_by_one(replace(plain, plan=lambda *args: None))

@@ -92,7 +92,7 @@ def test_the_first_token_that_differs_and_what_explains_it(monkeypatch, tmp_path
     assert pq.read_table(tmp_path / "same.parquet").to_pylist() == rows
 
 
-@pytest.mark.parametrize("said", ["prompt=3", "batch=1", "new_tokens=x", "ctx=64", "methods=[mca]", "prompts=0"])
+@pytest.mark.parametrize("said", ["prompt=3", "batch=1", "new_tokens=x", "ctx=64", "methods=[mca]", "prompts=0", "prompts=[1", "methods=5", "gguf=5"])
 def test_wrong_input_names_the_key(said):
     with pytest.raises(ConfigError) as error:
         same_tokens.configured([said, *(["new_tokens=64"] if said.startswith("ctx") else [])])

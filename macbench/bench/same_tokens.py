@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from macbench.bench.watched import Steps, Watched, decoded
 from macbench.errors import ConfigError, choose, one_line
@@ -142,19 +143,23 @@ def _one(row: dict) -> str:
 
 def configured(argv: list[str] | None = None):
     """``DEFAULTS`` with what the command line says; raises a ConfigError."""
-    given = OmegaConf.from_cli(argv)
-    for key in given:
-        choose("key", key, DEFAULTS)
+    said = sys.argv[1:] if argv is None else argv
     try:
+        given = OmegaConf.from_cli(said)
+        for key in given:
+            choose("key", key, DEFAULTS)
         config = OmegaConf.merge(DEFAULTS, given)
-    except OmegaConfBaseException as error:
-        raise ConfigError("arguments", " ".join(map(str, given)), one_line(error)) from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError("arguments", " ".join(said), f"must be key=value of {', '.join(DEFAULTS)} ({one_line(error)})") from error
     for key, least in _LEAST.items():
         if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < least:
             raise ConfigError(key, config[key], f"must be an integer of at least {least}")
+    for key in ("gguf", "out"):
+        if not isinstance(config[key], str | None):
+            raise ConfigError(key, config[key], "must be null or a file's path")
     if config.new_tokens >= config.ctx:
         raise ConfigError("new_tokens", config.new_tokens, f"must be less than ctx={config.ctx}, which bounds prompt plus generated tokens")
-    for method in config.methods:
+    for method in config.methods if OmegaConf.is_list(config.methods) else [config.methods]:
         choose("methods", method, ("full", "mac"))
     return config
 

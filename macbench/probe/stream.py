@@ -1,7 +1,10 @@
 """Batches made by processes in the background, so that the GPU never waits for text."""
 
 import multiprocessing
+import os
+import signal
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 
 from macbench.probe import regular
 from macbench.probe.mixture import Mixture
@@ -10,6 +13,12 @@ from macbench.probe.steps import Part
 _mixture: Mixture  # of this process; a forked worker has its parent's
 
 EVERY = 4  # steps between two of ordinary text
+
+
+def _outlive(parent: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a group; what the parent still waits for is made all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None if os.getppid() == parent else os._exit(143))
 
 
 def work(part: int, step: int, length: int, rows: int, ordinary: int) -> Part:
@@ -31,19 +40,21 @@ class Stream:
     def __init__(self, mixture: Mixture, workers: int, parts: range = range(1)):
         global _mixture
         _mixture, self.parts = mixture, parts
-        self.pool = multiprocessing.get_context("fork").Pool(workers) if workers else None
+        fork = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(workers, fork, _outlive, (os.getpid(),)) if workers else None
         self.queue: deque = deque()
+        if self.pool:
+            self.pool.submit(int)  # the first call forks them all
 
     def ask(self, step: int, length: int, rows: int, ordinary: int) -> None:
         request = (step, length, rows, ordinary)
-        self.queue.append((request, [self.pool.apply_async(work, (part, *request)) for part in self.parts] if self.pool else None))
+        self.queue.append((request, [self.pool.submit(work, part, *request) for part in self.parts] if self.pool else None))
 
     def get(self) -> tuple[tuple[int, int, int, int], list[Part]]:
         """The oldest request and what was asked for."""
         request, results = self.queue.popleft()
-        return request, [result.get() for result in results] if results else [work(part, *request) for part in self.parts]
+        return request, [result.result() for result in results] if results else [work(part, *request) for part in self.parts]
 
     def close(self) -> None:
         if self.pool:
-            self.pool.terminate()
-            self.pool.join()
+            self.pool.shutdown(cancel_futures=True)

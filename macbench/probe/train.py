@@ -6,13 +6,17 @@
 A step is the mean of ``--accumulate`` parts, which the processes share out. So the two commands do the same steps, up to the order of sums.
 The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of
 the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step) and checkpoint.safetensors
-(float32 terms and moments), from which ``--resume`` goes on. ``--init`` starts from an adapter instead, with fresh moments.
+(float32 terms and moments), from which ``--resume`` goes on, also after Ctrl-C or SIGTERM, which end the run after the step in hand.
+``--init`` starts from an adapter instead, with fresh moments.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -114,38 +118,39 @@ def train(probe: Probe, header: lora.Header, stream: Stream, group: Group, args:
     clock = Clock(args, place, started)
     report = Report(out / "log.jsonl", FAMILIES, append=args.resume) if group.leads else None
     saved, asked, plans = monotonic(), place.step, {}
-    while True:
-        while len(stream.queue) < AHEAD:
-            ahead = sum(lengths.cost[request[1]] for request, _ in stream.queue)
-            length = int(group.first(lambda: lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead) or 0))  # noqa: B023
-            if not length:
+    with ended_by_signals(clock):
+        while True:
+            while len(stream.queue) < AHEAD:
+                ahead = sum(lengths.cost[request[1]] for request, _ in stream.queue)
+                length = int(group.first(lambda: lengths.next(clock.progress(asked, ahead), clock.left(asked) - ahead) or 0))  # noqa: B023
+                if not length:
+                    break
+                stream.ask(asked, length, lengths.rows(length), min(length, ORDINARY))
+                plans[asked] = lengths.state()
+                asked += 1
+            if not stream.queue:
                 break
-            stream.ask(asked, length, lengths.rows(length), min(length, ORDINARY))
-            plans[asked] = lengths.state()
-            asked += 1
-        if not stream.queue:
-            break
-        (step, length, rows, _), made = stream.get()
-        plan = plans.pop(step)
-        late = lengths.cost[length] > clock.left(step)  # steps before it took longer than they should have
-        progress, begun = group.first(lambda: -1.0 if late else clock.progress(step)), monotonic()  # noqa: B023
-        if progress < 0:
-            continue
-        rate = learning_rate(progress, args.rate)
-        outcome = update(probe, optimiser, rate, made, args.distance, group)
-        took = monotonic() - begun
-        if args.steps is None:
-            lengths.measured(length, took)
-        place = checkpoint.Place(step + 1, clock.progress(step + 1), plan)
+            (step, length, rows, _), made = stream.get()
+            plan = plans.pop(step)
+            late = lengths.cost[length] > clock.left(step)  # steps before it took longer than they should have
+            progress, begun = group.first(lambda: -1.0 if late else clock.progress(step)), monotonic()  # noqa: B023
+            if progress < 0:
+                continue
+            rate = learning_rate(progress, args.rate)
+            outcome = update(probe, optimiser, rate, made, args.distance, group)
+            took = monotonic() - begun
+            if args.steps is None:
+                lengths.measured(length, took)
+            place = checkpoint.Place(step + 1, clock.progress(step + 1), plan)
+            if report:
+                batches = [batch for batch, _ in made]
+                report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batches=batches, **outcome)
+                if monotonic() - saved > SAVE_EVERY:
+                    _save(out, probe, header, weights, optimiser, place)
+                    saved = monotonic()
         if report:
-            batches = [batch for batch, _ in made]
-            report.step(step=step, progress=progress, length=length, rows=rows, rate=rate, seconds=took, batches=batches, **outcome)
-            if monotonic() - saved > SAVE_EVERY:
-                _save(out, probe, header, weights, optimiser, place)
-                saved = monotonic()
-    if report:
-        _save(out, probe, header, weights, optimiser, place)
-        report.close()
+            _save(out, probe, header, weights, optimiser, place)
+            report.close()
 
 
 def _save(out: Path, probe: Probe, header: lora.Header, weights: dict, optimiser: torch.optim.Optimizer, place: checkpoint.Place) -> None:
@@ -160,6 +165,7 @@ class Clock:
         self.steps, self.first, self.begin, self.end = args.steps, place.step, place.progress, args.stop
         self.now = monotonic()
         self.total = max(started + args.seconds - RESERVE - self.now, 1e-9)
+        self.stopped = False  # from now on nothing is left
 
     def progress(self, step: int, ahead: float = 0.0) -> float:
         """At ``step``, or ``ahead`` seconds from now."""
@@ -169,9 +175,28 @@ class Clock:
 
     def left(self, step: int) -> float:
         """Seconds until the end; by steps: none or endless."""
+        if self.stopped:
+            return 0.0
         if self.steps is not None:
             return float("inf") if step < round(self.steps * self.end) else 0.0
         return self.total - (monotonic() - self.now)
+
+
+@contextmanager
+def ended_by_signals(clock: Clock) -> Iterator[None]:
+    """While open, Ctrl-C or SIGTERM stops the clock, so that the step in hand is the last one. Further ones, which ``timeout`` sends, do nothing."""
+
+    def stop(signum, frame):
+        if not clock.stopped:
+            print("macbench: interrupted; the adapter and a checkpoint are written, --resume goes on", file=sys.stderr)
+        clock.stopped = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:

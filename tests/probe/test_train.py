@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import socket
 
 import pytest
@@ -30,7 +31,7 @@ def few_positions(monkeypatch):
     monkeypatch.setattr(regular, "OTHERS", 16)
 
 
-def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:
+def steps(folder, out, *flags: str, workers: int = 0) -> tuple[list[dict], Probe]:
     """Train the tiny network; returns the log and the network."""
     out.mkdir(exist_ok=True)
     shared = [
@@ -53,9 +54,10 @@ def steps(folder, out, *flags: str) -> tuple[list[dict], Probe]:
     probe = Probe(tiny_llama(), HEADER.rope_theta, torch.float32, rank=4)
     torch.manual_seed(0)
     args = train.arguments(shared)
-    stream = Stream(Mixture(real.chat(), background(folder), 0), 0, train.parts(args.accumulate))
+    stream = Stream(Mixture(real.chat(), background(folder), 0), workers, train.parts(args.accumulate))
     group = Group("cpu")
     train.train(probe, HEADER, stream, group, args, out, started=0.0)
+    stream.close()
     group.close()
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], probe
 
@@ -132,6 +134,32 @@ def test_a_run_by_time_ends_with_its_plan(tmp_path):
     progress, rates = ([line[name] for line in log] for name in ("progress", "rate"))
     assert progress == sorted(progress) and progress[-1] <= 1
     assert rates == [pytest.approx(learning_rate(p, 0.05), abs=1e-6) for p in progress]
+
+
+def test_sigterm_ends_a_run_after_the_step_in_hand(tmp_path, monkeypatch):
+    """To the whole group, as ``timeout`` sends it: the workers live on, and the leader writes what there is."""
+    update = train.update
+
+    def interrupted(*known):
+        if known[2]:  # the learning rate: from the second step on
+            for _ in range(2):
+                os.killpg(0, signal.SIGTERM)
+        return update(*known)
+
+    def session():
+        os.setsid()
+        monkeypatch.setattr(train, "update", interrupted)
+        steps(tmp_path, tmp_path / "cut", *flags, workers=1)
+
+    flags = ("--steps", "3", "--longest", "512", "--step-tokens", "512")
+    process = multiprocessing.get_context("fork").Process(target=session)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    log = (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 2 and lora.read(tmp_path / "cut" / "adapter.safetensors")[1] == HEADER
+    log, _ = steps(tmp_path, tmp_path / "cut", *flags, "--resume")
+    assert [line["step"] for line in log] == [0, 1, 2]
 
 
 def test_the_clock(monkeypatch):

@@ -5,7 +5,7 @@ here from its definition, in float64, and never asked of the method.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,21 @@ def streaming_counts(m, x):
     return x.tokens(min(x.length, m.sinks + m.recent + 1))
 
 
+def first_largest(values: torch.Tensor, n: int) -> list[int]:
+    """Indices of the n largest; ties go to the lowest index."""
+    return sorted(range(len(values)), key=lambda i: (-float(values[i]), i))[:n]
+
+
+def tokens_of(pages: list[int], size: int, x: Seen) -> set[int]:
+    """Visible tokens of pages."""
+    return {t for i in pages for t in range(i * size, min((i + 1) * size, x.length))}
+
+
+def union(sets: list[list[set[int]]]) -> dict:
+    """Tokens summed over the query heads, and rows of each group's union. ``sets``: by KV head, of its query heads."""
+    return {"tokens_log": sum(len(head) for own in sets for head in own), "tokens_phys": sum(len(set.union(*own)) for own in sets)}
+
+
 def quest_counts(m, x):
     pages = -(-x.length // m.page)
     if x.layer in m.dense_layers:
@@ -61,46 +76,43 @@ def quest_counts(m, x):
     write = x.s.kv_heads * x.s.kv_row_bytes
     if pages <= m.pages:
         return x.tokens(x.length, bytes_write=write)
-    if m.mode == "faithful" or m.gqa == "per_q_head":
-        return {"bytes_meta": pages * write, "bytes_write": write, "bytes_idx": x.ids(m.pages, x.s.q_heads)}
+    if m.mode == "faithful":
+        keys, q = x.text.k[x.layer, :, : x.length].double(), x.text.q[x.layer, :, x.length - 1].double().unflatten(0, (x.s.kv_heads, -1))
+        bounds = [torch.maximum(q * part.amin(1)[:, None], q * part.amax(1)[:, None]).sum(-1) for part in keys.split(m.page, 1)]
+        sets = [[tokens_of(first_largest(head, m.pages), m.page, x) for head in own] for own in torch.stack(bounds, -1)]
+        return union(sets) | {"bytes_meta": pages * write, "bytes_write": write, "bytes_idx": x.ids(m.pages, x.s.q_heads)}
     n = m.pages * m.page - (-x.length % m.page)  # the newest page is partly filled
     return x.tokens(n, bytes_meta=pages * write, bytes_write=write, bytes_idx=x.ids(m.pages))
 
 
-def first_largest(values: torch.Tensor, n: int) -> list[int]:
-    """Indices of the n largest; ties go to the lowest index."""
-    return sorted(range(len(values)), key=lambda i: (-float(values[i]), i))[:n]
-
-
 def oracle_counts(m, x):
     """Sets of tokens of every head, from the probabilities; half a token for a key alone."""
-    sets = []  # by KV head: its heads' sets of tokens
-    units = 0
+    sets, units = [], 0
     for own in x.weights:
         if m.variant == "page":
-            mass = torch.stack([part.sum() for part in own.mean(0).split(m.page)])
-            pages = first_largest(mass, m.budget // m.page)
-            chosen = [{t for i in pages for t in range(i * m.page, min((i + 1) * m.page, x.length))}] * len(own)
+            ids = first_largest(torch.stack([part.sum() for part in own.mean(0).split(m.page)]), m.budget // m.page)
+            chosen = [tokens_of(ids, m.page, x)] * len(own)
         elif m.variant == "shared":
-            pages = first_largest(own.mean(0), m.budget)
-            chosen = [set(pages)] * len(own)
+            ids = first_largest(own.mean(0), m.budget)
+            chosen = [set(ids)] * len(own)
         else:
             chosen = [set(first_largest(head, m.budget)) for head in own]
-            pages = [t for head in chosen for t in head]
+            ids = [t for head in chosen for t in head]
         sets.append(chosen)
-        units += len(pages) * (x.length > len(chosen[0]))
-    log, rows = sum(len(head) for own in sets for head in own), sum(len(set.union(*own)) for own in sets)
+        units += len(ids) * (x.length > len(chosen[0]))
+    found = union(sets) | {"bytes_idx": 4 * units}
     if m.count == "ideal":
-        return {"tokens_log": log, "tokens_phys": rows, "bytes_idx": 4 * units}
-    kv = (rows + x.s.kv_heads * x.length) * x.s.kv_row_bytes // 2
-    return {"tokens_log": (log + x.s.q_heads * x.length) // 2, "bytes_kv": kv, "bytes_meta": 0, "bytes_state": 0, "bytes_idx": 4 * units}
+        return found
+    kv = (found.pop("tokens_phys") + x.s.kv_heads * x.length) * x.s.kv_row_bytes // 2
+    return found | {"tokens_log": (found["tokens_log"] + x.s.q_heads * x.length) // 2, "bytes_kv": kv, "bytes_meta": 0, "bytes_state": 0}
 
 
 def tidal_counts(m, x):
     if x.layer < 3 or x.layer == m.reselect or x.length <= m.budget:
         return x.tokens(x.length)
-    if m.mode == "faithful" or m.gqa == "per_q_head":
-        return {"tokens_log": x.s.q_heads * m.budget, "bytes_idx": x.ids(m.budget, x.s.q_heads)}
+    if m.mode == "faithful":
+        chosen = replace(x, layer=m.reselect if x.layer > m.reselect else 2).weights
+        return union([[set(first_largest(head, m.budget)) for head in own] for own in chosen]) | {"bytes_idx": x.ids(m.budget, x.s.q_heads)}
     return x.tokens(m.budget, bytes_idx=x.ids(m.budget))
 
 

@@ -11,6 +11,7 @@ from macbench.errors import ConfigError
 from macbench.methods import multipole
 from macbench.methods.multipole import Multipole, layout, windows
 from tests.methods.driver import LLAMA, SMOL, Batch, Text, rotate
+from tests.methods.expected import near_clusters
 from tests.methods.recorder import Recorder
 
 
@@ -134,18 +135,9 @@ def test_a_step_equals_its_definition(mode, replacement):
                 z[:, [i for i, one in enumerate(found) if not one]] = -math.inf
                 sizes = torch.tensor([float(len(one)) for one in found])
                 score = (z.exp() / (sizes * z.exp()).sum(1, keepdim=True)).sum(0).tolist()
-                order = sorted((i for i in range(len(found)) if found[i]), key=lambda i: (-score[i], i))
-                near, total, threshold = [], 0, score[order[-1]] if order else 0
-                for i in order:
-                    total += len(found[i])
-                    if total > method.budget:
-                        threshold = score[i]
-                        break
-                    near.append(i)
-                if mode == "faithful":
-                    near = [i for i in order if score[i] > threshold]
+                near = near_clusters(score, [len(one) for one in found], method.budget, mode)
                 exact = [*range(min(10, n)), *range(10 + clustered, n), *(t for i in near for t in found[i])]
-                far = [i for i in order if i not in near] if replacement else []
+                far = [i for i, one in enumerate(found) if one and i not in near] if replacement else []
                 near_tokens += sum(len(found[i]) for i in near)
                 meta += len(found) * (2 * 16 + 4) + (len(found) - len(near)) * 2 * 16 * replacement
                 for j, h in enumerate(range(3 * g, 3 * g + 3)):

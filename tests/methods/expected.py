@@ -16,14 +16,14 @@ from tests.methods.driver import Text, rotate
 class Seen:
     """One layer of one request in one step, for closed forms: L visible tokens, the shape, how many of them were the prompt, and the text.
 
-    ``row``: which request of the batch it is."""
+    ``row``: which request of the batch it is. Without a text only what depends on no choice can be told."""
 
     layer: int
     length: int
     s: object
     prompt: int
-    text: Text
-    row: int
+    text: Text | None = None
+    row: int = 0
 
     @property
     def weights(self) -> torch.Tensor:

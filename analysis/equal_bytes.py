@@ -3,7 +3,8 @@
 python -m analysis.equal_bytes [RUNS_DIR ...]          a row per method, a column per context and budget
 python -m analysis.equal_bytes --full [RUNS_DIR ...]   everything that a comparison measures, a table per context
 
-Without folders, from the reference runs of task=ruler. Both are Markdown.
+Without folders, from the reference runs of task=ruler. Both are Markdown. ms/token is that of the reference's own short runs (analysis.step_times),
+where there are any, since the processes that made the others shared a card; else, or for other folders, that of the runs.
 """
 
 import sys
@@ -17,6 +18,7 @@ from analysis.table import markdown
 from macbench.errors import ConfigError
 from macbench.summary import REFERENCE, headline, summarise
 
+REFERENCE_TIMES = "runs/reference/*/step_times.parquet"
 FLOOR = "floor"  # a method that other budgets were found for cannot read so little
 
 
@@ -50,23 +52,37 @@ def _shares(rows: dict) -> str:
     return ", ".join(f"{100 * row.top1_agreement:.1f}%" if pd.notna(row.top1_agreement) else "-" for row in rows.values())
 
 
-def full(folders: list[Path]) -> str:
-    """Score with its interval against full attention, the three ratios, time per token and fidelity."""
+def step_times() -> pd.DataFrame | None:
+    """The reference's step times, by ctx, method and budget; None without."""
+    files = sorted(Path().glob(REFERENCE_TIMES))
+    return pd.read_parquet(files[0]).set_index(["ctx", "method", "budget"]).ms_p50 if files else None
+
+
+def full(folders: list[Path], times: pd.Series | None = None) -> str:
+    """Score with its interval against full attention, the three ratios, time per token and fidelity. ``times``: see ``step_times``."""
     names = ["method", "budget", "score", "vs full [95%]", "W/L/T", "n(1pt)", "rho_log", "rho_phys", "rho_bytes", "ms/token", "top1", "KL", "err"]
     parts = []
     for ctx, table in measured(folders).items():
+        if times is not None:
+            table = table.assign(ms_per_token=[times.get((ctx, row.method, row.variant)) for row in table.itertuples()])
         rows = pd.DataFrame([_cells(row) for row in table.itertuples()], columns=names)
         parts.append(f"## {ctx // 1024}K, {int(table.examples.max())} examples\n\n{markdown(rows)}")
     return "\n\n".join(parts)
 
 
+def interval(row) -> str:
+    """The difference to full attention with its interval, where there are any."""
+    if pd.isna(row.difference):
+        return "-"
+    return f"{row.difference:+.3f}" + (f" [{row.difference_low:+.3f}, {row.difference_high:+.3f}]" if pd.notna(row.difference_low) else "")
+
+
 def _cells(row) -> list[str]:
     against = pd.notna(row.difference)
-    bounds = f" [{row.difference_low:+.3f}, {row.difference_high:+.3f}]" if against and pd.notna(row.difference_low) else ""
     numbers = [(row.rho_log, ".3f"), (row.rho_phys, ".3f"), (row.rho_bytes, ".3f"), (row.ms_per_token, ".2f")]
     numbers += [(row.top1_agreement, ".3f"), (row.kl_mean, ".3f"), (row.output_error, ".3f")]
     return [
-        *(row.method, row.variant, f"{row.score:.3f} ± {row.score_se:.3f}", f"{row.difference:+.3f}{bounds}" if against else "-"),
+        *(row.method, row.variant, f"{row.score:.3f} ± {row.score_se:.3f}", interval(row)),
         f"{row.wins:.0f}/{row.losses:.0f}/{row.ties:.0f}" if against else "-",
         f"{row.examples_needed:.0f}" if pd.notna(row.examples_needed) else "-",
         *(format(value, form) if pd.notna(value) else "-" for value, form in numbers),
@@ -79,7 +95,7 @@ def main(arguments: list[str]) -> None:
     if not folders:
         sys.exit("analysis.equal_bytes: no runs below " + " ".join(map(str, roots)))
     try:
-        print((full if "--full" in arguments else short)(folders))
+        print(full(folders, step_times() if roots == [RUNS] else None) if "--full" in arguments else short(folders))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

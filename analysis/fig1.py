@@ -55,7 +55,8 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
     title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
     spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
-    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}"
+    asked = " The question is decoded after the context was compressed." if "question_steps" in frame and frame.question_steps.max() > 0 else ""
+    text = f"{made}{asked} In brackets: measured rho_bytes; equal ones stand side by side.{spread}"
     return style.save(figure, out, name, title, text, PAPER)
 
 

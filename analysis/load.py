@@ -1,6 +1,7 @@
 """Find run folders and read their sample rows."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,9 @@ import pandas as pd
 from macbench.errors import ConfigError
 from macbench.records import read_table
 from macbench.summary import REFERENCE
+
+# In the label of a variant that was fitted to a budget.
+BUDGET = re.compile(r"budget=([\d.]+)")
 
 
 def run_folders(*roots: Path | str) -> list[Path]:
@@ -44,7 +48,7 @@ def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
             if ctx in found:
                 raise ConfigError("RUNS_DIR", str(folder), f"has ctx={ctx}, as {runs[ctx]} has: name one run for each length")
             runs[ctx] = folder
-            found[ctx] = part.assign(variant=part.variant.str.extract(r"budget=([\d.]+)", expand=False).fillna(""))
+            found[ctx] = part.assign(variant=part.variant.str.extract(BUDGET, expand=False).fillna(""))
     return dict(sorted(found.items()))
 
 

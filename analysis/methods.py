@@ -32,7 +32,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
         raise Missing(str(lack).replace("run task=attention", "attention methods FILE")) from lack
     rows = []
     for r in found.itertuples():
-        row = {"method": r.method, "ctx": style.tokens(r.ctx), "batch": str(r.batch), "budget": f"{r.budget:g}"}
+        row = {"method": r.method, "ctx": style.tokens(r.ctx), "batch": str(r.batch), "budget": "none" if pd.isna(r.budget) else f"{r.budget:g}"}
         row |= {"rho_bytes": f"{r.rho_bytes:.3f}", "ms per layer": f"{r.time_ms:.3f}", "/ full": f"{r.over_full:.2f}"}
         row |= {"bytes / copy bandwidth, ms": f"{r.floor_ms:.3f}", "note": ""}
         if pd.isna(r.time_ms):

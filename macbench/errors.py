@@ -26,9 +26,13 @@ def choose(key: str, value: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value in choices:
         return value
+    raise ConfigError(key, value, one_of(value, choices))
+
+
+def one_of(value: str, choices: list[str]) -> str:
+    """What is said of a ``value`` that is not among ``choices``: those, and the nearest one."""
     near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ConfigError(key, value, f"must be one of {', '.join(choices)}{hint}")
+    return f"must be one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def one_line(error: Exception) -> str:

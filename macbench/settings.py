@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from macbench import cli
-from macbench.errors import ConfigError, choose
+from macbench.errors import ConfigError, choose, one_of
 from macbench.methods.base import Method
 from macbench.output_error import Measured
 
@@ -117,7 +117,8 @@ def build_variants(cfg: DictConfig) -> list[Variant]:
     for key, values in grid.items():
         if not knobs:
             raise ConfigError(f"grid.{key}", cfg.grid[key], f"grid varies the chosen method alone, and method={cfg.method.name} has no knobs")
-        choose(f"grid.{key}", key, knobs)
+        if key not in knobs:
+            raise ConfigError(f"grid.{key}", cfg.grid[key], f"{key} is no knob of method={cfg.method.name}; {one_of(key, knobs)}")
         if not values:
             raise ConfigError(f"grid.{key}", "[]", "must list at least one value")
     variants = []

@@ -86,6 +86,8 @@ def samples(tmp_path) -> pd.DataFrame:
         (["method=full", "compare=[tidaldecode]", "grid.reselect=[5,9]"], ["grid.reselect=[5, 9]", "chosen method alone, and method=full"]),
         (["method=tidaldecode", "method.reselect=99", "task.subtasks=[niah_single_1]"], ["method.reselect=99", "at most 29"]),
         (["method=kivi_2bit", "method.bits=4"], ["method.bits=4", "must be 2"]),
+        (["method=oracle_topk_ideal", "method.count=honest"], ["method.count=honest", "must be one of ideal"]),
+        (["method=tova", "grid.x=1"], ["grid.x=1: x is no knob of method=tova; must be one of capacity, mode, gqa"]),
         (["task=rular"], ["task=rular", "did you mean ruler?"]),
         (["task.subtasks=[niah_single_4]"], ["task.subtasks=niah_single_4", "did you mean"]),
         (["limit=0"], ["limit=0", "at least 1"]),

@@ -13,12 +13,15 @@ from tests.models.tiny import tiny
 
 
 def test_every_way_is_a_row_and_parts_add_up():
-    engine, said = Engine(tiny("llama"), kernels("torch"), 64), []
-    rows = measure(engine, torch.arange(1, 41).tolist(), {"full": Full(), "h2o": H2O(8, 8)}, 4, repeats=2, say=said.append)
+    engine, said, kept = Engine(tiny("llama"), kernels("torch"), 64), [], []
+    methods = {"full": Full(), "h2o": H2O(8, 8)}
+    rows = measure(engine, torch.arange(1, 41).tolist(), methods, 4, 2, said.append, lambda rows: kept.append(len(rows)))
+    assert kept == sorted(kept) and len(kept) == 3 + 6 and kept[-1] == len(rows)  # prefill, two methods warm; three ways twice
+    assert [row["part"] for row in rows if row["way"] == "warm"] == ["prefill", "full", "h2o"]
     whole = {(row["way"], row["repeat"]): row["seconds"] for row in rows if not row["part"]}
     assert set(whole) == {(way, repeat) for way in ("together", "apart", "parts") for repeat in (0, 1)}
     for repeat in (0, 1):
-        parts = {row["part"]: row["seconds"] for row in rows if row["part"] and row["repeat"] == repeat}
+        parts = {row["part"]: row["seconds"] for row in rows if row["part"] and (row["way"], row["repeat"]) == ("parts", repeat)}
         assert set(parts) == {"prefill", "full", "h2o"} and sum(parts.values()) == pytest.approx(whole["parts", repeat])
     assert engine.pool.free_pages == engine.pool.pages
     assert said[1].startswith("full: ready after")

@@ -44,7 +44,7 @@ def test_the_page_of_equal_bytes_holds_what_the_reference_runs_say():
     """python -m analysis.equal_bytes --full writes the tables that belong there, without the sweep of one method that lies beside the runs."""
     folders = sanity.run_folders(ROOT / sanity.RUNS)
     assert any(load.swept(load.samples(folder)) for folder in folders)
-    assert (ROOT / "docs/equal_bytes.md").read_text().rstrip().endswith(equal_bytes.full(folders))
+    assert (ROOT / "docs/equal_bytes.md").read_text().rstrip().endswith(equal_bytes.full(folders, equal_bytes.step_times()))
 
 
 def test_sweeps_are_left_out_and_runs_of_one_length_are_never_pooled(monkeypatch):

@@ -66,9 +66,15 @@ def steps(argv: list[str]) -> int:
         print(f"macbench: {NO_GPU}", file=sys.stderr)
         return 2
     print(methods.HEADER, flush=True)
-    rows = methods.measure(**knobs, say=lambda row: print(methods.line(row), flush=True))
-    for target in (a for a in argv if not a.startswith("{")):
-        table.write(rows, Path(target), facts(knobs.get("device", "cuda")), methods.SCHEMA)
+    rows, targets = [], [Path(a) for a in argv if not a.startswith("{")]
+
+    def keep(row: dict) -> None:  # what has been measured is kept if the machine goes away
+        rows.append(row)
+        print(methods.line(row), flush=True)
+        for target in targets:
+            table.write(rows, target, facts(knobs.get("device", "cuda")), methods.SCHEMA)
+
+    methods.measure(**knobs, say=keep)
     return 0
 
 

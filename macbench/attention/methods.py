@@ -10,7 +10,7 @@ from time import perf_counter
 
 import pyarrow as pa
 import torch
-from macbench_kernels import OutOfPages, PagedKVCache, PagePool, UnsupportedError, kernels
+from macbench_kernels import Kernels, PagedKVCache, PagePool, kernels
 
 from macbench.attention.phases import NAMES, phases
 from macbench.attention.table import show
@@ -52,10 +52,10 @@ SCHEMA = pa.schema(
 
 def measure(
     budget: float = 0.05, ctx: int = 127 << 10, batch: int = 16, heads: str = "32/8", head_dim: int = 128, layers: int = 4, page_size: int = 16,
-    methods: Iterable[str] = tuple(METHODS), replays: int = 20, device: str = "cuda", seed: int = 42, say=lambda row: None,
+    methods: Iterable[str] = tuple(METHODS), replays: int = 20, device: str = "cuda", backend: str = "auto", seed: int = 42, say=lambda row: None,
 ) -> list[dict]:  # fmt: skip
     """One row per method, see SCHEMA; times and bytes are per layer. A method that cannot read so little runs at the least of ``LARGER`` that it
-    can, with its ``floor`` in the row, or as it is if it has no knob."""
+    can, with its ``floor`` in the row, or as it is if it has no knob; what fails has an ``error`` instead of times."""
     q_heads, kv_heads = map(int, heads.split("/"))
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -71,9 +71,9 @@ def measure(
         row = dict.fromkeys(SCHEMA.names) | facts | {"method": name, "copy_bandwidth": copy_bandwidth(device)}
         try:
             method, row["budget"], row["floor"] = _fitted(METHODS[name](), budget, ctx, shape)
-            row |= _step(method, pool, shape, ctx, generator, replays)
-        except (ConfigError, UnsupportedError, OutOfPages, RuntimeError) as error:
-            row["error"] = one_line(error)
+            row |= _step(method, pool, shape, kernels(backend, device), ctx, generator, replays)
+        except Exception as error:  # a kernel that does not compile costs no other method's row
+            row["error"] = one_line(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {one_line(error)}"
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -98,18 +98,18 @@ def _fitted(method: Method, budget: float, ctx: int, shape: Shape) -> tuple[Meth
     """The method at ``budget``, or at the first of ``LARGER`` that it reaches; the budget that it got; and why it is another one."""
     if isinstance(method, Full | KIVI | INT8):
         return method, None, None
-    floor = None
+    floor: ConfigError | None = None
     for rho in (budget, *(larger for larger in LARGER if larger > budget)):
         try:
-            return method.fit(rho, ctx, shape), rho, floor
+            return method.fit(rho, ctx, shape), rho, floor and one_line(floor)
         except ConfigError as error:
-            floor = floor or one_line(error)
-    raise ConfigError("budget", budget, floor)
+            floor = floor or error
+    raise floor
 
 
 @torch.inference_mode()
-def _step(method: Method, pool: PagePool, shape: Shape, ctx: int, generator: torch.Generator, replays: int) -> dict:
-    cache, ledger, layer = PagedKVCache(pool, shape.batch), Ledger(shape), kernels("auto", shape.device)
+def _step(method: Method, pool: PagePool, shape: Shape, layer: Kernels, ctx: int, generator: torch.Generator, replays: int) -> dict:
+    cache, ledger = PagedKVCache(pool, shape.batch), Ledger(shape)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)

@@ -3,9 +3,10 @@
     python -m macbench.bench.one_prefill model=smollm2_128k ctx=32768 device=cuda [methods=[quest,snapkv]] [new_tokens=128] [repeats=1]
         [data_path=DIR] [gguf=FILE] [adapter=DIR] [out=runs/reference/h100/one_prefill.parquet]
 
-A real prompt (an essay to be continued), greedy, every method with its published settings. Before anything is timed, every method makes two
-tokens, which compiles its kernels and captures its step. Ways alternate and change order; medians. Rows: one per way and repeat,
-and of those parts that are timed by themselves.
+A real prompt (an essay to be continued), greedy, every method with its published settings. Before anything is timed, every method prepares for
+the prompt and makes two tokens, which compiles its kernels and captures its step; all ways then use the same captured steps, so none of them
+pays for that. Ways alternate and change order; medians. Rows: one per way and repeat, and of those parts that are timed by themselves; the
+seconds of the warm-up have the way ``warm``. ``out`` is written after every way, so that what was measured is kept.
 """
 
 import sys
@@ -34,12 +35,12 @@ DEFAULTS = OmegaConf.create(
         "out": None,
     }
 )
-# ``way``: together, apart or parts; ``part``: empty for the whole of it, else prefill or a method.
+# ``way``: together, apart, parts, or warm (in no comparison); ``part``: empty for the whole of it, else prefill or a method.
 SCHEMA = pa.schema([("way", pa.string()), ("part", pa.string()), ("repeat", pa.int64()), ("seconds", pa.float64())])
 
 
-def measure(engine, ids: list[int], methods: dict, new_tokens: int, repeats: int, say=print) -> list[dict]:
-    """Rows of ``SCHEMA``. ``methods``: by name; ``ids``: the prompt."""
+def measure(engine, ids: list[int], methods: dict, new_tokens: int, repeats: int, say=print, keep=lambda rows: None) -> list[dict]:
+    """Rows of ``SCHEMA``. ``methods``: by name; ``ids``: the prompt. ``keep`` sees all rows so far whenever there are more."""
 
     def prefill(*wanted):
         return engine.prefill(ids, max(m.prompt_queries for m in wanted), column_sums=any(m.prompt_column_sums for m in wanted))
@@ -69,18 +70,26 @@ def measure(engine, ids: list[int], methods: dict, new_tokens: int, repeats: int
         prompt.free()
         return found
 
+    rows = []
+
+    def note(way: str, repeat: int, found: list[tuple[str, float]]) -> None:
+        rows.extend({"way": way, "part": part, "repeat": repeat, "seconds": seconds} for part, seconds in found)
+        keep(rows)
+
     prompt = prefill(*methods.values())
     say(f"first prefill {prompt.seconds:.2f} s")
+    note("warm", 0, [("prefill", prompt.seconds)])
     for name, seconds in decode(prompt, 2):
         say(f"{name}: ready after {seconds:.1f} s")
+        note("warm", 0, [(name, seconds)])
     prompt.free()
-    ways, rows = {"together": together, "apart": apart, "parts": parts}, []
+    ways = {"together": together, "apart": apart, "parts": parts}
     for repeat in range(repeats):
         for way in list(ways)[:: 1 if repeat % 2 else -1]:
             began = perf_counter()
             found = ways[way]()
             whole = sum(seconds for _, seconds in found) if found else perf_counter() - began
-            rows += [{"way": way, "part": part, "repeat": repeat, "seconds": seconds} for part, seconds in [("", whole), *found]]
+            note(way, repeat, [("", whole), *found])
             say(f"repeat {repeat}, {way}: {whole:.2f} s")
     return rows
 
@@ -112,14 +121,17 @@ def main(arguments: list[str]) -> None:
     chat = load_chat(spec)
     engine = Engine(load(spec, config.device, chat).network, kernels(config.backend, config.device), config.ctx)
     (ids,) = essays(chat, config.data_path)(1, config.ctx - config.new_tokens)
-    rows = measure(engine, ids, methods, config.new_tokens, config.repeats, lambda line: print(line, flush=True))
+    what = {"model": config.model, "prompt_tokens": len(ids), "new_tokens": config.new_tokens, "methods": list(methods)}
+
+    def keep(rows: list[dict]) -> None:
+        if config.out:
+            write(rows, Path(config.out), facts(config.device, "macbench.bench.one_prefill") | what, SCHEMA)
+
+    rows = measure(engine, ids, methods, config.new_tokens, config.repeats, lambda line: print(line, flush=True), keep)
     whole, separate, sums = (median(r["seconds"] for r in rows if r["way"] == way and not r["part"]) for way in ("together", "apart", "parts"))
     print(f"{len(methods)} methods, {len(ids)} prompt tokens, {config.new_tokens} new ones, {config.device}: {', '.join(methods)}")
     print(f"on one prefill {whole:.2f} s; one prefill and the decodes alone {sums:.2f} s ({whole / sums:.3f}); runs of their own {separate:.2f} s")
     print(f"ratio to runs of their own: {whole / separate:.3f}")
-    if config.out:
-        what = {"model": config.model, "prompt_tokens": len(ids), "new_tokens": config.new_tokens, "methods": list(methods)}
-        write(rows, Path(config.out), facts(config.device, "macbench.bench.one_prefill") | what, SCHEMA)
 
 
 if __name__ == "__main__":

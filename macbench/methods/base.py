@@ -10,6 +10,8 @@ from macbench_kernels import Kernels, PagedKVCache, visible_span
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
 
+# The largest knob, in tokens or whatever it counts: far beyond any context, and far below what 32 bits and the memory hold.
+MOST = 1 << 22
 # Elements of keys that ``Method.slices`` lets be copied at once.
 _MOST_ELEMENTS = 1 << 26
 
@@ -170,7 +172,8 @@ def fixed(rho: float, tokens: int, choices: dict[float, Method]) -> Method:
 def require(holds: bool, method: str, key: str, value: object, allowed: str) -> None:
     """Raise a ConfigError for ``method.key`` unless ``holds``."""
     if not holds:
-        raise ConfigError(f"{method}.{key}", value, f"must be {allowed}")
+        large = "integer" in allowed and isinstance(value, int) and value > MOST
+        raise ConfigError(f"{method}.{key}", value, f"must be {allowed}{f' and at most {MOST}' if large else ''}")
 
 
 def require_one_of(method: str, key: str, value: object, choices: tuple) -> None:
@@ -179,4 +182,4 @@ def require_one_of(method: str, key: str, value: object, choices: tuple) -> None
 
 
 def is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST

@@ -9,7 +9,7 @@ import torch
 from macbench_kernels import Scheme
 
 from macbench.counting import ELEMENT_BYTES
-from macbench.methods.base import Method, fixed, require
+from macbench.methods.base import Method, fixed, is_int, require
 from macbench.methods.stored import Stored
 
 GROUPS = (16, 32, 64, 128)
@@ -45,8 +45,8 @@ class KIVI(Method):
     def __post_init__(self):
         require(self.bits in self.BITS, "method", "bits", self.bits, " or ".join(map(str, self.BITS)))
         require(self.group in GROUPS, "method", "group", self.group, f"one of {', '.join(map(str, GROUPS))}")
-        whole = isinstance(self.residual, int) and self.residual > 0 and self.residual % self.group == 0
-        require(whole, "method", "residual", self.residual, f"a positive multiple of method.group={self.group}")
+        whole = is_int(self.residual, 1) and self.residual % self.group == 0
+        require(whole, "method", "residual", self.residual, f"an integer, a positive multiple of method.group={self.group}")
 
     def fit(self, rho, tokens, shape, generated=1):
         return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=bits) for bits in self.BITS)})

@@ -27,9 +27,11 @@ class OracleTopK(Method):
     count: str = "honest"
     page: int = 16
 
+    COUNTS = ("honest", "ideal")
+
     def __post_init__(self):
         require_one_of("method", "variant", self.variant, ("shared", "per_q_head", "page"))
-        require_one_of("method", "count", self.count, ("honest", "ideal"))
+        require_one_of("method", "count", self.count, self.COUNTS)
         require(is_int(self.page, 1), "method", "page", self.page, "an integer of at least 1")
         require(is_int(self.budget, self.unit), "method", "budget", self.budget, f"an integer of at least {self.unit}")
 

@@ -1,7 +1,9 @@
 """Steps of all methods side by side: what is counted follows from their sizes, and who cannot read so little says so."""
 
+import pandas as pd
 import pytest
 
+from macbench.attention.__main__ import main
 from macbench.attention.methods import METHODS, SCHEMA, measure
 from macbench.attention.phases import summed
 from macbench.methods.kivi import KIVI
@@ -49,3 +51,15 @@ def test_kernels_are_sorted_by_what_they_do():
     got = summed(kernels, 6)
     assert (got["attention_ms"], got["choice_ms"], got["torch_ms"]) == pytest.approx((0.06, 0.02, 0.005)) and got["launches"] == 5
     assert got["slowest"].startswith("_attend_sets 50.0 us in 1; _select 20.0 us in 1") and "AddFunctor" in got["slowest"]
+
+
+def test_a_method_that_fails_is_a_row_and_the_others_are_kept(tmp_path, monkeypatch):
+    def broken():
+        raise ValueError("no such kernel\nand more")
+
+    monkeypatch.setitem(METHODS, "quest", broken)
+    file = tmp_path / "methods.parquet"
+    assert main(["methods", str(file), '{"device": "cpu", "ctx": 300, "batch": 1, "heads": "2/1", "replays": 1, "methods": ["quest", "tova"]}']) == 0
+    quest, tova = pd.read_parquet(file).to_dict("records")
+    assert quest["error"] == "ValueError: no such kernel" and pd.isna(quest["time_ms"])
+    assert pd.isna(tova["error"]) and tova["bytes_counted"] == 15 * 4 * 128  # 0.05 of 300 rows

@@ -62,16 +62,15 @@ def test_closed_forms(case):
     """The counts of every layer, request and step are those of the method's formulas; the poison test holds the other backend to the same."""
     method = case.make()
     batch = Batch(method, case.texts())
-    for _ in range(STEPS):
-        batch.step()
-    counts = batch.counts()
     s = batch.shape
     for step in range(STEPS):
+        batch.step()
+        counts = batch.counts()
         for layer in range(s.layers):
-            for b, prompt in enumerate(case.prompts):
-                length = prompt + 1 + step
+            for b, text in enumerate(batch.texts):
                 got = {name: int(values[step, layer, b]) for name, values in counts.items()}
-                want = case.expected(method, Seen(layer, length, s, prompt))
+                length = batch.lengths[b]
+                want = case.expected(method, Seen(layer, length, s, text.prompt, text, b))
                 want["bytes_write"] = want.get("bytes_write", 0) + s.kv_heads * s.kv_row_bytes
                 if "tokens_phys" in want:
                     want = {"bytes_meta": 0, "bytes_state": 0, "bytes_idx": 0, "bytes_kv": want["tokens_phys"] * s.kv_row_bytes, **want}

@@ -11,6 +11,7 @@ from macbench.errors import ConfigError
 from macbench.methods import multipole
 from macbench.methods.multipole import Multipole, layout, windows
 from tests.methods.driver import LLAMA, SMOL, Batch, Text, rotate
+from tests.methods.expected import near_clusters
 from tests.methods.recorder import Recorder
 
 
@@ -134,18 +135,9 @@ def test_a_step_equals_its_definition(mode, replacement):
                 z[:, [i for i, one in enumerate(found) if not one]] = -math.inf
                 sizes = torch.tensor([float(len(one)) for one in found])
                 score = (z.exp() / (sizes * z.exp()).sum(1, keepdim=True)).sum(0).tolist()
-                order = sorted((i for i in range(len(found)) if found[i]), key=lambda i: (-score[i], i))
-                near, total, threshold = [], 0, score[order[-1]] if order else 0
-                for i in order:
-                    total += len(found[i])
-                    if total > method.budget:
-                        threshold = score[i]
-                        break
-                    near.append(i)
-                if mode == "faithful":
-                    near = [i for i in order if score[i] > threshold]
+                near = near_clusters(score, [len(one) for one in found], method.budget, mode)
                 exact = [*range(min(10, n)), *range(10 + clustered, n), *(t for i in near for t in found[i])]
-                far = [i for i in order if i not in near] if replacement else []
+                far = [i for i, one in enumerate(found) if one and i not in near] if replacement else []
                 near_tokens += sum(len(found[i]) for i in near)
                 meta += len(found) * (2 * 16 + 4) + (len(found) - len(near)) * 2 * 16 * replacement
                 for j, h in enumerate(range(3 * g, 3 * g + 3)):
@@ -205,14 +197,32 @@ def test_a_bigger_budget_is_nearer_to_full_attention():
     assert gaps[-1] < gaps[0] / 3
 
 
-def test_golden_bytes():
-    """rho_bytes .0953 and .1869 on Llama-3.1-8B at 131072 tokens, .1543 on SmolLM2 at 8192, as if a near cluster had 16 tokens."""
-    for shape, tokens, budget, want in ((LLAMA, 131072, 4096, 0.0953), (LLAMA, 131072, 16384, 0.1869), (SMOL, 8192, 512, 0.1543)):
-        d, te = shape["head_dim"], 4 * shape["head_dim"]
-        clustered, recent = layout(tokens)
-        clusters = clustered // 16
-        total = (10 + recent + budget) * te + clusters * (2 * d + 4) + (clusters - budget // 16) * 2 * d + 4 * budget
-        assert total / (tokens * te) == pytest.approx(want, abs=6e-5)
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "budget", "kv", "rho"),
+    [(LLAMA, 131072, 4096, 0.0332, 0.0953), (LLAMA, 131072, 16384, 0.1270, 0.1869), (SMOL, 8192, 512, 0.0938, 0.1543)],
+)
+def test_golden_bytes(sizes, tokens, budget, kv, rho):
+    """A counted step of one layer of Llama-3.1-8B or SmolLM2 whose clusters have 16 tokens each, as the golden figures have it."""
+    group, d = sizes["q_heads"] // sizes["kv_heads"], sizes["head_dim"]
+    shape = Shape(1, group, 1, d, sizes["scale"], batch=1, max_tokens=tokens, rotate=lambda x, positions: x)
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 1, tokens, d, generator=generator)
+    cache, ledger = PagedKVCache(PagePool(1, 1, d, tokens // 16 + 2, 16, torch.float32)), Ledger(shape)
+    cache.extend(tokens)
+    cache.append(0, k, v)
+    method = Multipole(budget=budget)
+    method.begin(shape, kernels("torch"), ledger)
+    clustered = 128 * ((tokens - 10) // 128 - 1)
+    places = k[0, :, 10 : 10 + clustered]
+    method._store(slice(0, 1), 0, cache, 0, places.unflatten(1, (-1, 16)).mean(2), torch.arange(clustered)[None] // 16)
+    method._set(0, clustered)
+    q = torch.randn(1, group, d, generator=generator)
+    ledger.begin_step([tokens])
+    method.attend(0, q, q, cache)
+    ledger.end_step()
+    counts = {name: int(values.sum()) for name, values in ledger.counts().items()}
+    assert counts["bytes_kv"] / counts["bytes_full"] == pytest.approx(kv, abs=6e-5)
+    assert sum(counts[f"bytes_{c}"] for c in ("kv", "meta", "state", "idx")) / counts["bytes_full"] == pytest.approx(rho, abs=6e-5)
 
 
 def test_budgets_by_closed_form():

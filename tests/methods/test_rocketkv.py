@@ -9,7 +9,7 @@ from macbench.counting import Shape
 from macbench.errors import ConfigError
 from macbench.methods import rocketkv
 from macbench.methods.rocketkv import RocketKV, Sizes, sizes
-from tests.methods.driver import LLAMA, SMOL, Batch, Text, toy
+from tests.methods.driver import LLAMA, SMOL, Batch, Driver, Stream, Text, toy
 from tests.methods.recorder import Recorder
 
 
@@ -45,14 +45,19 @@ KEYS = [(3, 0, -1, 1), (2, -1, 0, -2), (-3, -3, 0, 2), (-3, 3, -3, 2), (-1, 1, -
     [(LLAMA, 131072, 4096, 0.0156, 0.0312), (LLAMA, 131072, 16384, 0.0625, 0.1250), (SMOL, 8192, 512, 0.0313, 0.0625)],
 )
 def test_golden_bytes(shape, tokens, budget, kv, rho):
-    """With as many tokens left as the sizes plan for, cap: exact rows, and rows with their estimate (bounds of r channels for every chunk)."""
-    shape = Shape(**shape)
-    size = sizes(tokens, 128, shape.head_dim, budget)
-    assert size.topk / tokens == pytest.approx(kv, abs=1e-4)
-    estimate = -(-size.cap // size.chunk) * size.channels * 2
-    assert (size.topk * shape.kv_row_bytes + estimate) / (tokens * shape.kv_row_bytes) == pytest.approx(rho, rel=0.01)  # channels are whole
+    """A counted step of one layer with as many tokens left as the sizes plan for, cap: all of the prompt that is kept, and one that is generated."""
+    group, d = shape["q_heads"] // shape["kv_heads"], shape["head_dim"]
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, tokens, d, generator=generator)
+    window = torch.randn(group, 33, d, generator=generator)  # queries of the window and of the step; nobody asks for the others
+    q = torch.cat([window[:, :1].expand(-1, tokens - 33, -1), window], 1)
+    driver = Driver(RocketKV(budget=budget, max_new=1), Stream(q, q, k, v), tokens - 1)
+    driver.step()
+    counts = {name: int(values.sum()) for name, values in driver.ledger.counts().items()}
+    assert counts["bytes_kv"] / counts["bytes_full"] == pytest.approx(kv, abs=6e-5)
+    assert sum(counts[f"bytes_{c}"] for c in ("kv", "meta", "state", "idx")) / counts["bytes_full"] == pytest.approx(rho, abs=1e-4)
     # fit is the way back, where all of the prompt that is to be kept and max_new tokens are there.
-    assert RocketKV().fit(rho, tokens, shape, 128).budget == pytest.approx(budget, rel=0.03)
+    assert RocketKV().fit(rho, tokens, Shape(**shape), 128).budget == pytest.approx(budget, rel=0.03)
 
 
 def test_golden_step(monkeypatch):

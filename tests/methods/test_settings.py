@@ -27,6 +27,20 @@ def test_settings_files_build_their_method(file):
     assert all("#" in line for line in lines if not line.startswith(("_target_", "name")))
 
 
+def test_settings_beyond_all_memory_get_one_line():
+    """Numbers that no tensor could have: a traceback from the depths otherwise."""
+    tried = 0
+    for file in Path("conf/method").glob("*.yaml"):
+        node = OmegaConf.load(file)
+        for key in (k for k, value in node.items() if isinstance(value, int) and not isinstance(value, bool)):
+            for value in (2**31, 10**30):
+                with pytest.raises(ConfigError, match=f"method.{key}={value}: must be .*") as error:
+                    build(OmegaConf.merge(node, {key: value}), "method", Method)
+                assert "\n" not in str(error.value)
+                tried += 1
+    assert tried > 50
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [

@@ -53,10 +53,26 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
-    title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
+    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.question, source.machine]))
     spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
-    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}"
+    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}{untold(rows, lines or {})}"
     return style.save(figure, out, name, title, text, PAPER)
+
+
+def untold(rows: pd.DataFrame, lines: dict[str, float]) -> str:
+    """Sentences about what the scores cannot tell, and what else is known of the methods then; '' where they can."""
+    full, others = rows[rows.method == REFERENCE], rows[rows.method != REFERENCE]
+    said = ""
+    if not rows.score.any():
+        said += " No answer is right, full attention's no more than others': these scores tell nothing about a method."
+    elif len(full) and (full.score - 2 * full.score_se.fillna(0)).item() <= lines.get("chance", -1.0):
+        said += " Full attention is not above chance: these scores tell nothing about a method."
+    if len(full) and len(others) and not others[["wins", "losses"]].any(axis=None):
+        said += " No example's score differs from full attention's, so that the intervals have no width."
+    if said and others.top1_agreement.notna().any():
+        shares = (f"{named(r.method, r.variant)} {100 * r.top1_agreement:.1f}%" for r in others.itertuples() if pd.notna(r.top1_agreement))
+        said += f" Next tokens along full attention's text that agree with it: {', '.join(shares)}."
+    return said
 
 
 def named(method: str, variant: str) -> str:

@@ -36,7 +36,7 @@ COLUMNS = [
 def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """Rows with a breakdown, of the model with most of them, on one machine: label, attention_ms, products_ms, other_ms, speedup.
 
-    The machine is that of the first file. A part below zero says that the measurement was none. Where no row has a breakdown, which takes a GPU,
+    The machine is that of the newest file. A part below zero says that the measurement was none. Where no row has a breakdown, which takes a GPU,
     all rows, whose parts are NaN.
     """
     frame, sources = records.benchmark("decode", COLUMNS)
@@ -55,9 +55,9 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     if frame.empty:
         raise Missing("no ctx and batch has full attention beside MAC; python -m macbench.run +experiment=fig7 scale=gpu measures it")
     frame = frame[frame.model == frame.model.mode()[0]]
-    frame = frame[frame.device == frame.device.iloc[0]]
+    frame = frame[frame.device == frame.device.iloc[-1]]
     frame = frame[frame.window.isna() | (frame.window == frame.window.min())]
-    frame = frame.drop_duplicates(["ctx", "batch", "method", "backend", "hit_rate"], keep="first")
+    frame = frame.drop_duplicates(["ctx", "batch", "method", "backend", "hit_rate"], keep="last")
     full = frame[frame.method == "full"].groupby(["ctx", "batch"]).tpot_p50_ms.max().rename("slowest")
     theirs = frame[(frame.method == "full") & (frame.backend == "flashinfer")].set_index(["ctx", "batch"]).tpot_p50_ms.rename("theirs")
     frame = frame.join(full, on=["ctx", "batch"]).join(theirs, on=["ctx", "batch"])

@@ -88,10 +88,11 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def looks(rows: pd.DataFrame) -> dict[str, dict]:
-    """Colour and marker by method, whatever the scores are: by name."""
-    names = sorted(set(rows.method) - {REFERENCE})
-    found = {name: {"color": style.COLOURS[i % len(style.COLOURS)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
-    return found | {REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
+    """Colour and marker by method, whatever the scores are: by name. MAC shares its colour with none."""
+    names = sorted(set(rows.method) - {REFERENCE, "mac"})
+    own, *colours = style.COLOURS[1:] + style.COLOURS[:1]
+    found = {name: {"color": colours[i % len(colours)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
+    return found | {"mac": {"color": own, "marker": "o"}, REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
 
 
 def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]) -> None:

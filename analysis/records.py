@@ -90,7 +90,7 @@ def facts(path: Path) -> dict:
 def times_methods(path: Path) -> bool:
     """Whether a file is one of ``macbench.attention methods``, by its schema; False of a damaged one."""
     try:
-        return "bytes_counted" in pq.read_schema(path).names
+        return bool({"bytes_counted", "rho_bytes"} & set(pq.read_schema(path).names))
     except (OSError, pa.ArrowException):
         return False
 

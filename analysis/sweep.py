@@ -38,7 +38,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
         if table is not None:
             drawn.append(picture(records, run, table, out))
     if not drawn:
-        raise Missing("no run is a grid over tau and window; make sweep makes one")
+        raise Missing("; ".join([*lacks, "no run is a grid over tau and window; make sweep makes one"]))
     return drawn
 
 

@@ -20,7 +20,7 @@ METHODS = ("full", "mac", "quest", "rocketkv", "multipole")
 def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
     """Headline rows of METHODS of the best run: LongBench v2 before RULER, the question in the prefill, a GPU before a CPU, more of these methods,
     longer contexts."""
-    candidates = []
+    candidates, lacks = [], []
     for run in records.runs:
         try:
             frame, source = records.samples(run), records.source(run)
@@ -28,10 +28,11 @@ def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
             rank = (frame.task.iloc[0] == "longbench_v2", not source.question, "NVIDIA" in source.device, len(have), int(frame.ctx.iloc[0]))
             if len(have) >= 3:
                 candidates.append((rank, run, frame))
-        except Missing:
-            continue  # fig1 says what is missing
+        except Missing as lack:
+            lacks.append(str(lack))
     if not candidates:
-        raise Missing("no run has any of quest, rocketkv and multipole; python -m macbench.run +experiment=table2_3 scale=cpu makes one")
+        none = "no run has any of quest, rocketkv and multipole; python -m macbench.run +experiment=table2_3 scale=cpu makes one"
+        raise Missing("; ".join([*lacks, none]))
     _, run, frame = max(candidates, key=lambda c: c[0])
     rows = records.headline(run)
     rows = rows[rows.method.isin(METHODS)]

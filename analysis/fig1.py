@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis import style
 from analysis.load import guesses, swept
@@ -146,6 +146,7 @@ def differences(axes: Axes, rows: pd.DataFrame, styles: dict) -> None:
         axes.plot([centre], [place], linestyle="none", **look)
     if paired:
         axes.axvline(0, color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_yticks(range(len(rows)), [f"{named(row.method, row.variant)} ({row.rho_bytes:.3f})" for row in rows.itertuples()], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.yaxis.tick_right()

@@ -3,6 +3,7 @@
 import json
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -41,6 +42,18 @@ def test_the_newest_of_two_benchmarks_counts(newest, tmp_path):
     numbers, sources = methods.numbers(Records(tmp_path))
     before = [r["time_ms"] for r in rows(step) if r["error"] is None]
     assert [s.path.stem for s in sources] == [newest] and sorted(numbers.time_ms.dropna()) == pytest.approx(sorted(factor * x for x in before))
+
+
+def test_a_speed_up_never_divides_times_of_two_runs(tmp_path):
+    """A newer file of full attention alone, twice as slow, changes nothing."""
+    decode = REFERENCE / "h200/decode/llama31_8b.parquet"
+    copy(decode, tmp_path / "decode/a.parquet", {"started": "2030-01-01"})
+    expected = fig7.numbers(Records(tmp_path))[0].speedup.tolist()
+    copy(decode, tmp_path / "decode/b.parquet", {"started": "2031-01-01"}, tpot_p50_ms=lambda x: 2 * x)
+    table = pq.read_table(tmp_path / "decode/b.parquet")
+    pq.write_table(table.filter(pc.equal(table["method"], "full")), tmp_path / "decode/b.parquet")
+    numbers, sources = fig7.numbers(Records(tmp_path))
+    assert numbers.speedup.tolist() == expected and [s.path.stem for s in sources] == ["a"]
 
 
 def test_steps_of_two_machines_stand_beside_each_other(tmp_path):

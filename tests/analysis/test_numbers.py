@@ -96,6 +96,7 @@ def test_table6_weighs_groups_by_their_steps(records):
 
 def test_fig6_divides_flashinfer_by_mac(records):
     numbers, (source,) = fig6.numbers(records)
+    assert numbers.peer.str.contains("FlashInfer's").all()
     mine = [r for r in rows(source.path) if (r["q_heads"], r["kv_heads"], r["error"]) == (32, 8, None)]
     for found in numbers.iloc[:: max(1, len(numbers) // 7)].itertuples():
         cell = [r for r in mine if (r["batch"], r["ctx"]) == (found.batch, found.ctx)]
@@ -104,6 +105,21 @@ def test_fig6_divides_flashinfer_by_mac(records):
             r for r in cell if r["method"] == "mac" and r["hit_rate"] == found.hit_rate and r["misses"] != "random" and r["window"] == found.window
         ]
         assert (found.speedup, found.low, found.high) == approx((full / mac["time_ms"], full / mac["time_p90_ms"], full / mac["time_p10_ms"]))
+
+
+def test_without_flashinfer_our_own_full_attention_is_the_peer(timed, monkeypatch):
+    read = Records.benchmark
+
+    def layout(self, *args, **options):
+        frame, sources = read(self, *args, **options)
+        return frame.assign(q_heads=32, kv_heads=8), sources
+
+    monkeypatch.setattr(Records, "benchmark", layout)
+    numbers, _ = fig6.numbers(Records(timed))
+    made = rows(timed / "attention" / "made.parquet")
+    for found in numbers.itertuples():
+        (full,) = [r["time_ms"] for r in made if (r["method"], r["batch"], r["ctx"]) == ("full", found.batch, found.ctx)]
+        assert found.speedup == approx(full / found.time_ms) and "our own" in found.peer
 
 
 def test_break_even_lies_between_a_slower_and_a_faster_rate(records):

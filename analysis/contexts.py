@@ -25,8 +25,11 @@ _COLUMNS = 4  # panels side by side
 _SCORED = {"ruler"}  # tasks whose subtasks are the same at every length
 
 
-def longest(records: Records) -> dict[tuple[str, str], dict[int, tuple[pd.DataFrame, Source]]]:
-    """For each task and model, by ctx: the sample rows of one run with full attention, a GPU's and the one with the most methods and rows."""
+def longest(records: Records) -> dict[tuple[str, str, str], dict[int, tuple[pd.DataFrame, Source]]]:
+    """For each task, model and place of the question (``Source.question``), by ctx: the sample rows of one run with full attention.
+
+    Of several a GPU's, then the one with the most methods, the most rows, the newest.
+    """
     found: dict = {}
     for run in records.runs:
         try:
@@ -38,7 +41,7 @@ def longest(records: Records) -> dict[tuple[str, str], dict[int, tuple[pd.DataFr
             continue
         frame = frame[frame.variant == ""]  # a budget's knob differs from length to length
         rank = ("NVIDIA" in source.device, frame.method.nunique(), len(frame), source.facts.get("started", ""))
-        place = found.setdefault((first.task, first.model), {})
+        place = found.setdefault((first.task, first.model, source.question), {})
         if first.ctx not in place or rank > place[first.ctx][0]:
             place[int(first.ctx)] = (rank, frame, source)
     found = {key: {ctx: kept[1:] for ctx, kept in sorted(by.items())} for key, by in found.items() if len(by) >= FEWEST}
@@ -66,8 +69,8 @@ def numbers(runs: dict[int, tuple[pd.DataFrame, Source]]) -> pd.DataFrame:
 
 def make(records: Records, out: Path) -> list[Drawn]:
     drawn = []
-    for (task, model), runs in longest(records).items():
-        sources, found, name = [source for _, source in runs.values()], numbers(runs), f"{NAME}-{task}-{model}"
+    for (task, model, question), runs in longest(records).items():
+        sources, found, name = [source for _, source in runs.values()], numbers(runs), "-".join([NAME, task, model, *question.split()])
         subtasks = [WHOLE, *(s for s in order(runs) if s in set(found.subtask))]
         made = style.made(sources, f"{model}, {task}: {examples(found)} examples of each subtask at {', '.join(map(style.tokens, runs))}")
         drawn.append(picture(found, subtasks, out, name, f"{TITLE}, {task}, {model}", f"{made} Bars: 95% bootstrap intervals."))

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis import style
 from analysis.load import guesses, swept
@@ -53,11 +53,26 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
-    title = f"{TITLE}, {first.task}, {first.model}, {style.tokens(first.ctx)}, {source.machine}"
+    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.question, source.machine]))
     spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
-    asked = " The question is decoded after the context was compressed." if "question_steps" in frame and frame.question_steps.max() > 0 else ""
-    text = f"{made}{asked} In brackets: measured rho_bytes; equal ones stand side by side.{spread}"
+    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}{untold(rows, lines or {})}"
     return style.save(figure, out, name, title, text, PAPER)
+
+
+def untold(rows: pd.DataFrame, lines: dict[str, float]) -> str:
+    """Sentences about what the scores cannot tell, and what else is known of the methods then; '' where they can."""
+    full, others = rows[rows.method == REFERENCE], rows[rows.method != REFERENCE]
+    said = ""
+    if not rows.score.any():
+        said += " No answer is right, full attention's no more than others': these scores tell nothing about a method."
+    elif len(full) and (full.score - 2 * full.score_se.fillna(0)).item() <= lines.get("chance", -1.0):
+        said += " Full attention is not above chance: these scores tell nothing about a method."
+    if len(full) and len(others) and not others[["wins", "losses"]].any(axis=None):
+        said += " No example's score differs from full attention's, so that the intervals have no width."
+    if said and others.top1_agreement.notna().any():
+        shares = (f"{named(r.method, r.variant)} {100 * r.top1_agreement:.1f}%" for r in others.itertuples() if pd.notna(r.top1_agreement))
+        said += f" Next tokens along full attention's text that agree with it: {', '.join(shares)}."
+    return said
 
 
 def named(method: str, variant: str) -> str:
@@ -73,10 +88,11 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def looks(rows: pd.DataFrame) -> dict[str, dict]:
-    """Colour and marker by method, whatever the scores are: by name."""
-    names = sorted(set(rows.method) - {REFERENCE})
-    found = {name: {"color": style.COLOURS[i % len(style.COLOURS)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
-    return found | {REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
+    """Colour and marker by method, whatever the scores are: by name. MAC shares its colour with none."""
+    names = sorted(set(rows.method) - {REFERENCE, "mac"})
+    own, *colours = style.COLOURS[1:] + style.COLOURS[:1]
+    found = {name: {"color": colours[i % len(colours)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
+    return found | {"mac": {"color": own, "marker": "o"}, REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
 
 
 def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]) -> None:
@@ -130,6 +146,7 @@ def differences(axes: Axes, rows: pd.DataFrame, styles: dict) -> None:
         axes.plot([centre], [place], linestyle="none", **look)
     if paired:
         axes.axvline(0, color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_yticks(range(len(rows)), [f"{named(row.method, row.variant)} ({row.rho_bytes:.3f})" for row in rows.itertuples()], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.yaxis.tick_right()

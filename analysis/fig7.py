@@ -36,7 +36,7 @@ COLUMNS = [
 def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """Rows with a breakdown, of the model with most of them, on one machine: label, attention_ms, products_ms, other_ms, speedup.
 
-    The machine is that of the first file. A part below zero says that the measurement was none. Where no row has a breakdown, which takes a GPU,
+    The machine is that of the newest file. A part below zero says that the measurement was none. Where no row has a breakdown, which takes a GPU,
     all rows, whose parts are NaN.
     """
     frame, sources = records.benchmark("decode", COLUMNS)
@@ -49,15 +49,15 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     frame, least = (frame[divided], 3) if divided.any() else (frame, 2)
     label = [f"full, {r.backend}" if r.method == "full" else f"MAC, hit {r.hit_rate_measured:.2f}" for r in frame.itertuples()]
     frame = frame.assign(label=label)
-    # Cells with MAC at several hit rates; a single row compares with nothing.
-    cells = frame.groupby(["model", "device", "ctx", "batch"]).label.transform("nunique")
-    frame = frame[cells >= least]
+    smallest = frame.groupby(["model", "device"]).window.transform("min")
+    frame = frame[frame.window.isna() | (frame.window == smallest)]
+    # Cells with MAC at several hit rates; a single row compares with nothing, and rows of two runs not with each other.
+    frame = frame[frame.groupby(["file", "model", "ctx", "batch"]).label.transform("nunique") >= least]
     if frame.empty:
         raise Missing("no ctx and batch has full attention beside MAC; python -m macbench.run +experiment=fig7 scale=gpu measures it")
     frame = frame[frame.model == frame.model.mode()[0]]
-    frame = frame[frame.device == frame.device.iloc[0]]
-    frame = frame[frame.window.isna() | (frame.window == frame.window.min())]
-    frame = frame.drop_duplicates(["ctx", "batch", "method", "backend", "hit_rate"], keep="first")
+    frame = frame[frame.device == frame.device.iloc[-1]]
+    frame = frame[frame.file == frame.groupby(["ctx", "batch"]).file.transform("max")]
     full = frame[frame.method == "full"].groupby(["ctx", "batch"]).tpot_p50_ms.max().rename("slowest")
     theirs = frame[(frame.method == "full") & (frame.backend == "flashinfer")].set_index(["ctx", "batch"]).tpot_p50_ms.rename("theirs")
     frame = frame.join(full, on=["ctx", "batch"]).join(theirs, on=["ctx", "batch"])

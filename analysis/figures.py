@@ -53,14 +53,23 @@ def draw(records: Records, out: Path, items=ITEMS) -> list[Drawn]:
 
 def main(arguments: list[str]) -> int:
     out = OUT
-    if "--out" in arguments[:-1]:
+    if "--out" in arguments:
         at = arguments.index("--out")
+        if at + 1 == len(arguments):
+            print("figures: --out: must name a folder: --out figures", file=sys.stderr)
+            return 2
         out, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
     roots = arguments or ["runs"]
-    if not any(Path(root).is_dir() and any(Path(root).rglob("*.parquet")) for root in roots):
-        print(f"figures: no runs below {', '.join(roots)}", file=sys.stderr)
+    empty = [root for root in roots if not (Path(root).is_dir() and any(Path(root).rglob("*.parquet")))]
+    if empty:
+        print(f"figures: no runs below {', '.join(empty)}", file=sys.stderr)
         return 2
-    for item in draw(Records(*roots), out):
+    try:
+        drawn = draw(Records(*roots), out)
+    except OSError as error:
+        print(f"figures: --out={error.filename or out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    for item in drawn:
         if item.lack:
             print(f"figures: {item.name}: {item.lack}", file=sys.stderr)
         else:

@@ -67,9 +67,9 @@ def drift(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Drawn:
     return style.save(figure, out, f"drift-{_name(run)}", "Drift over long generations", style.made([records.source(run)], what), "", panels[0][0])
 
 
-def _said(run: Path, machine: str = "") -> str:
-    """For readers; where several runs are of the same kind, their hashes tell them apart."""
-    told = f"{run.name.rpartition('-')[2]}{f', {machine}' if machine else ''}"
+def _said(run: Path, *more: str) -> str:
+    """For readers; where several runs are of the same kind, their hashes tell them apart, and ``more``."""
+    told = ", ".join([run.name.rpartition("-")[2], *filter(None, more)])
     return f"{run.parent.parent.name}, {run.parent.parent.parent.name}, ctx {style.tokens(int(run.parent.name))} ({told})"
 
 
@@ -85,7 +85,7 @@ def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     for source, steps in found:
         for method, part in steps[steps.variant == ""].groupby("method"):
             quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
-            rows.append({"run": _said(source.path, source.machine), "method": method, "n": len(part), **quantiles})
+            rows.append({"run": _said(source.path, source.machine, source.question), "method": method, "n": len(part), **quantiles})
             used.append(source)
     if not rows:
         raise Missing("no run has step rows")

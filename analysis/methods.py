@@ -15,11 +15,19 @@ PAPER = "Quest, RocketKV and Multipole are often slower than full attention end 
 COLUMNS = [
     *("method", "q_heads", "kv_heads", "head_dim", "batch", "ctx", "layers", "budget", "time_ms", "bytes_counted", "rho_bytes", "copy_bandwidth"),
 ]
+_MEASURED = ("rho_bytes", "ms per layer", "/ full", "bytes / copy bandwidth, ms")
 
 
 def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
-    """Rows of every file by file and time: ``over_full`` (time over full attention's in the same file), ``floor_ms`` (bytes over copy bandwidth)."""
+    """Rows by file and time: ``over_full`` (time over full attention's in the same file), ``floor_ms`` (bytes over copy bandwidth), ``machine``.
+
+    Of files that measure the same on the same machine, the newest counts.
+    """
     frame, sources = records.benchmark("attention", COLUMNS, of_methods=True)
+    frame = frame.assign(machine=[sources[i].machine for i in frame.file])
+    frame = frame[frame.file == frame.groupby(["machine", "ctx", "batch", "budget"]).file.transform("max")]
+    used = sorted(frame.file.unique())
+    sources, frame = [sources[i] for i in used], frame.assign(file=frame.file.map(used.index))
     full = frame[frame.method == "full"].set_index("file").time_ms
     floor = 1e3 * frame.bytes_counted / frame.copy_bandwidth
     return frame.assign(over_full=frame.time_ms / frame.file.map(full), floor_ms=floor).sort_values(["file", "time_ms"], kind="stable"), sources
@@ -32,12 +40,13 @@ def make(records: Records, out: Path) -> list[Drawn]:
         raise Missing(str(lack).replace("run task=attention", "attention methods FILE")) from lack
     rows = []
     for r in found.itertuples():
-        row = {"method": r.method, "ctx": style.tokens(r.ctx), "batch": str(r.batch), "budget": "none" if pd.isna(r.budget) else f"{r.budget:g}"}
+        row = {"machine": r.machine} if found.machine.nunique() > 1 else {}
+        row |= {"method": r.method, "ctx": style.tokens(r.ctx), "batch": str(r.batch), "budget": "none" if pd.isna(r.budget) else f"{r.budget:g}"}
         row |= {"rho_bytes": f"{r.rho_bytes:.3f}", "ms per layer": f"{r.time_ms:.3f}", "/ full": f"{r.over_full:.2f}"}
         row |= {"bytes / copy bandwidth, ms": f"{r.floor_ms:.3f}", "note": ""}
         if pd.isna(r.time_ms):
             floor = re.search(r"must be at least (\S+) for", r.error)
-            row |= dict.fromkeys(list(row)[4:8], table.MISSING) | {"note": f"floor {floor[1]}" if floor else r.error}
+            row |= dict.fromkeys(_MEASURED, table.MISSING) | {"note": f"floor {floor[1]}" if floor else r.error}
         elif abs(r.rho_bytes - r.budget) > 0.1 * r.budget:
             row["budget"] = "none"
         rows.append(row)

@@ -23,9 +23,10 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5re
 a { color: #0060a0; }
 figure { margin: 0; } img { width: 100%; height: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; }
+th, td { padding: .25rem .45rem; text-align: left; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #555; white-space: normal; vertical-align: bottom; }
 .caption { font-size: .85rem; color: #444; } .lack { background: #fff4e0; padding: .4rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { .scroll::before { content: "scroll sideways \\2192"; position: sticky; left: 0; font-size: .75rem; color: #666; } }
 details { margin: .4rem 0; } pre { overflow-x: auto; font-size: .75rem; background: #f5f5f5; padding: .5rem; } li { overflow-wrap: anywhere; }
 """
 

@@ -56,6 +56,11 @@ class Source:
         return "CPU" if self.device.startswith("cpu") else self.device.removeprefix("NVIDIA ").split()[0]
 
     @property
+    def question(self) -> str:
+        """'' where questions are part of the prefill, as they are by default; else a few words for the other protocol."""
+        return "" if (self.facts.get("identity") or {}).get("question_in_prefill", True) else "question not in prefill"
+
+    @property
     def commit(self) -> str:
         return ((self.facts.get("git") or {}).get("commit") or "unknown")[:8]
 
@@ -85,7 +90,7 @@ def facts(path: Path) -> dict:
 def times_methods(path: Path) -> bool:
     """Whether a file is one of ``macbench.attention methods``, by its schema; False of a damaged one."""
     try:
-        return "bytes_counted" in pq.read_schema(path).names
+        return bool({"bytes_counted", "rho_bytes"} & set(pq.read_schema(path).names))
     except (OSError, pa.ArrowException):
         return False
 
@@ -131,12 +136,13 @@ class Records:
         return frame.assign(unit=frame.task + "/" + frame.subtask + "/" + frame.example_id)
 
     def benchmark(self, kind: str, columns: Iterable[str], of_methods: bool = False) -> tuple[pd.DataFrame, list[Source]]:
-        """Rows of task=attention or task=decode without the failed ones, and their files; column ``file`` numbers these.
+        """Rows of task=attention or task=decode without the failed ones, and their files, the newest last; column ``file`` numbers these.
 
         ``of_methods``: of files that time every method at one budget (macbench.attention methods), which
         else are left out; of those the failed rows, too, whose ``error`` says why a method cannot read so little.
         """
         sources = [Source(path, facts(path)) for path in self._files(f"{kind}/**/*.parquet") if times_methods(path) == of_methods]
+        sources.sort(key=lambda s: str(s.facts.get("started", "")))  # of those without a date the order of the paths stays
         gpu = any("NVIDIA" in s.device for s in sources)
         # A file that says nothing of its device is damaged, most likely, and then that is to be said.
         chosen, frames, damaged = [s for s in sources if not gpu or "NVIDIA" in s.device or not s.facts], [], []

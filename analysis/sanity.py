@@ -14,7 +14,7 @@ from analysis.load import compared, run_folders
 from macbench.errors import ConfigError
 from macbench.summary import REFERENCE, headline, summarise
 
-RUNS = Path("runs/reference/h200/ruler")
+RUNS = Path("runs/reference/h200/ruler/smollm2")
 
 
 class Published(NamedTuple):

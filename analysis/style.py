@@ -83,8 +83,9 @@ def made(sources: Iterable[Source], what: str) -> str:
     """Provenance: what was run, machine and commit; and where a probe in a model's place was, that its scores are its own."""
     sources = list(sources)
     devices, commits = (", ".join(dict.fromkeys(getattr(s, key) for s in sources)) for key in ("device", "commit"))
+    asked = " Questions are not in the prefill: decode steps process them." if sources and all(s.question for s in sources) else ""
     probe = f" {LONG_MODEL} is a probe of reads and hits: its scores say nothing about SmolLM2."
-    return f"{what}. {devices}; commit {commits}.{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}"
+    return f"{what}. {devices}; commit {commits}.{asked}{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}"
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:

@@ -17,12 +17,13 @@ _SHOWN = {"difference": "score - full attention's", "hit_rate": "hit rate", "rho
 
 
 def numbers(records: Records, run: Path) -> pd.DataFrame | None:
-    """Headline rows of MAC with columns tau, window and band; None if the run is no such grid."""
+    """Headline rows of MAC with columns tau, window, band and ``apart``: the interval of the difference leaves out 0. None of another run."""
     if not swept(records.samples(run)):
         return None
     rows = records.headline(run)
     rows = rows[rows.method == "mac"]
     knobs = pd.DataFrame([dict(part.split("=") for part in label.split()) for label in rows.variant], index=rows.index).astype(float)
+    rows = rows.assign(apart=(rows.difference_low > 0) | (rows.difference_high < 0))
     return rows.join(knobs) if {"tau", "window"} <= set(knobs) else None
 
 
@@ -37,7 +38,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
         if table is not None:
             drawn.append(picture(records, run, table, out))
     if not drawn:
-        raise Missing("no run is a grid over tau and window; make sweep makes one")
+        raise Missing("; ".join([*lacks, "no run is a grid over tau and window; make sweep makes one"]))
     return drawn
 
 
@@ -46,7 +47,7 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
     figure, panels = plt.subplots(len(bands), 3, figsize=(style.WIDTH, 0.5 + 1.45 * len(bands)), layout="constrained", squeeze=False)
     for row, band in zip(panels, bands, strict=True):
         part = table if np.isnan(band) else table[table.band == band]
-        apart = part.assign(apart=(part.difference_low > 0) | (part.difference_high < 0)).pivot(index="tau", columns="window", values="apart")
+        apart = part.pivot(index="tau", columns="window", values="apart")
         for axes, (column, label) in zip(row, _SHOWN.items(), strict=True):
             grid = part.pivot(index="tau", columns="window", values=column)
             high = max(0.01, np.nanmax(np.abs(table[column])))

@@ -5,6 +5,7 @@ python -m macbench.run +experiment=fig4 scale=cpu [--dry-run] [data=DIR] [KEY=VA
 
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,10 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
             except KeyboardInterrupt:
                 print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
                 return 130
+            except Exception as error:  # whatever it is, the other commands do not depend on it
+                traceback.print_exc()
+                print(f"macbench: this command failed ({type(error).__name__}: {one_line(error)}); the others go on", file=sys.stderr)
+                worst = max(worst, 1)
     return worst
 
 

@@ -111,6 +111,20 @@ def test_a_preset_runs_every_command_and_goes_on_after_a_mistake(capsys):
     assert "task.data_path=x" in capsys.readouterr().err
 
 
+def test_a_preset_goes_on_after_a_failure_of_any_kind(capsys):
+    seen = []
+
+    def pretend(cfg):
+        seen.append(cfg.task.name)
+        if cfg.task.name == "ruler":
+            raise RuntimeError("no room\nfor it")
+        return 0
+
+    assert experiment.main(["+experiment=table1", "scale=cpu", "limit=1"], pretend) == 1
+    assert seen == ["ruler", "longbench_v2", "longgenbench"]
+    assert "this command failed (RuntimeError: no room" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_whole_preset(capsys):
     def stopped(cfg):
         raise KeyboardInterrupt

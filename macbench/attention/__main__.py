@@ -11,6 +11,7 @@ import json
 import platform
 import shlex
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ def facts(device: str, module: str = "macbench.attention") -> dict:
     versions = {name: getattr(package, "__version__", "?") for name, package in loaded.items() if package is not None}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     command = shlex.join(["python", "-m", module, *map(redact, sys.argv[1:])])
-    return {"command": command, "git": environment.commit(), "device": name, "packages": versions}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": command, "started": started, "git": environment.commit(), "device": name, "packages": versions}
 
 
 def _json(text: str):

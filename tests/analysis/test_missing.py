@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, table4, table7
+from analysis import fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, sweep, table2_3, table4, table7
 from analysis.records import Records
 from macbench import report
 from macbench.errors import ConfigError
@@ -40,7 +40,8 @@ def test_a_column(runs):
     pq.write_table(pq.read_table(path).drop_columns(["error_p99"]), path)
     part = next((runs / "ruler").rglob("samples/part-*.parquet"))
     pq.write_table(pq.read_table(part).drop_columns(["score"]), part)
-    lacks = drawn(runs, fig1, fig2, fig4)
+    lacks = drawn(runs, fig1, fig2, fig4, sweep, table2_3)
+    assert all("samples has no column score" in lacks[name] for name in ("sweep", "table2_3"))
     assert "amend.parquet has no column error_p99" in lacks["fig4"] and "samples has no column score" in lacks["fig1"] and lacks["fig2"] == ""
 
 
@@ -104,6 +105,14 @@ def test_one_figure_that_fails_does_not_stop_the_others(runs, monkeypatch):
 def test_the_command(tmp_path, capsys):
     assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no runs below" in capsys.readouterr().err
+    for arguments, says in (
+        (["--out"], "--out: must name a folder"),
+        ([str(REFERENCE), str(tmp_path)], f"no runs below {tmp_path}\n"),
+        ([str(REFERENCE), "--out", __file__], f"--out={__file__}: cannot be written"),
+    ):
+        assert figures.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
 
 
 def test_the_page_needs_no_network_and_says_what_is_missing(runs, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from macbench.attention import table as attention_table
 from macbench.attention.bench import measure
 from macbench.cli import CONF
 from macbench.records import SCHEMAS
+from macbench.summary import summarise
 from tests.test_summary import row
 
 REFERENCE = CONF.parent / "runs" / "reference"
@@ -94,6 +96,7 @@ def test_table6_weighs_groups_by_their_steps(records):
 
 def test_fig6_divides_flashinfer_by_mac(records):
     numbers, (source,) = fig6.numbers(records)
+    assert numbers.peer.str.contains("FlashInfer's").all()
     mine = [r for r in rows(source.path) if (r["q_heads"], r["kv_heads"], r["error"]) == (32, 8, None)]
     for found in numbers.iloc[:: max(1, len(numbers) // 7)].itertuples():
         cell = [r for r in mine if (r["batch"], r["ctx"]) == (found.batch, found.ctx)]
@@ -102,6 +105,21 @@ def test_fig6_divides_flashinfer_by_mac(records):
             r for r in cell if r["method"] == "mac" and r["hit_rate"] == found.hit_rate and r["misses"] != "random" and r["window"] == found.window
         ]
         assert (found.speedup, found.low, found.high) == approx((full / mac["time_ms"], full / mac["time_p90_ms"], full / mac["time_p10_ms"]))
+
+
+def test_without_flashinfer_our_own_full_attention_is_the_peer(timed, monkeypatch):
+    read = Records.benchmark
+
+    def layout(self, *args, **options):
+        frame, sources = read(self, *args, **options)
+        return frame.assign(q_heads=32, kv_heads=8), sources
+
+    monkeypatch.setattr(Records, "benchmark", layout)
+    numbers, _ = fig6.numbers(Records(timed))
+    made = rows(timed / "attention" / "made.parquet")
+    for found in numbers.itertuples():
+        (full,) = [r["time_ms"] for r in made if (r["method"], r["batch"], r["ctx"]) == ("full", found.batch, found.ctx)]
+        assert found.speedup == approx(full / found.time_ms) and "our own" in found.peer
 
 
 def test_break_even_lies_between_a_slower_and_a_faster_rate(records):
@@ -118,10 +136,11 @@ def test_break_even_lies_between_a_slower_and_a_faster_rate(records):
 
 
 def test_fig7_parts_add_up(records):
-    numbers, _ = fig7.numbers(records)
-    mine = [r for r in rows(REFERENCE / "h200/decode/llama31_8b.parquet") if r["backend"] != "generate"]
-    assert len(numbers) == len(mine) and (numbers[fig7.PARTS] >= 0).all(axis=None)
-    for r in mine:
+    numbers, (source, *_) = fig7.numbers(records)
+    mine = [r for r in rows(source.path) if r["backend"] != "generate" and r["products_ms"] is not None]
+    numbers = numbers[numbers.file == numbers.file.iloc[0]]
+    assert 3 < len(numbers) <= len(mine) and (numbers[fig7.PARTS] >= 0).all(axis=None)
+    for r in [r for r in mine if (r["ctx"], r["batch"]) in {(n.ctx, n.batch) for n in numbers.itertuples()}]:
         key = (numbers.ctx == r["ctx"]) & (numbers.batch == r["batch"]) & (numbers.method == r["method"]) & (numbers.tpot_p50_ms == r["tpot_p50_ms"])
         (found,) = numbers[key].itertuples()
         (full,) = [x for x in mine if (x["ctx"], x["batch"], x["backend"]) == (r["ctx"], r["batch"], "flashinfer")]
@@ -168,6 +187,7 @@ def test_methods_at_one_budget(records):
     (full,) = [r for r in mine if r["method"] == "full"]
     for r in mine:
         (found,) = numbers[(numbers.file == 0) & (numbers.method == r["method"])].itertuples()
+        assert found.machine in sources[0].device
         if r["error"] is None:
             assert (found.over_full, found.floor_ms) == approx((r["time_ms"] / full["time_ms"], 1e3 * r["bytes_counted"] / r["copy_bandwidth"]))
         else:
@@ -250,6 +270,46 @@ def test_latency_of_single_tokens(records):
     assert found.n == len(mine) and (found.middle, found.tail) == approx((np.median(mine), np.percentile(mine, 99)))
 
 
+def test_the_stars_of_a_sweep_are_intervals_that_leave_out_0(records):
+    run = next(r for r in records.runs if sweep.numbers(records, r) is not None)
+    numbers, mine = sweep.numbers(records, run), [r for r in rows(run / "samples") if r["error"] is None]
+    full = {(r["subtask"], r["example_id"]): r["score"] for r in mine if r["method"] == "full"}
+    generator = np.random.default_rng(0)
+    for found in numbers.iloc[::4].itertuples():
+        strata: dict = {}
+        for r in mine:
+            if (r["method"], r["variant"]) == ("mac", found.variant):
+                strata.setdefault(r["subtask"], []).append(r["score"] - full[r["subtask"], r["example_id"]])
+        # Draws of n - 1 of n, whose spread is that of the unbiased standard error.
+        draws = np.mean([generator.choice(x, (4000, len(x) - 1)).mean(1) for x in strata.values()], axis=0)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert found.difference == approx(np.mean([np.mean(x) for x in strata.values()]))
+        assert (found.difference_low, found.difference_high) == approx((low, high), abs=0.01)
+        assert found.apart == (low > 0 or high < 0) or min(abs(low), abs(high)) < 0.01
+
+
+def test_the_caption_of_a_probe_counts_its_rows(records, tmp_path):
+    run = next(r for r in records.runs if r.parent.parent.name == "smollm2_128k")
+    mine = [r for r in rows(run / "samples") if r["error"] is None]
+    frame, headline = records.samples(run), records.headline(run)
+    caption = fig1.picture(frame, headline, records.source(run), "probe", tmp_path).caption
+    examples, variants = ({tuple(r[key] for key in keys) for r in mine} for keys in (("subtask", "example_id"), ("method", "variant")))
+    assert f"{len(examples)} examples of" in caption and "its scores say nothing about SmolLM2" in caption
+    assert f"{len(variants)} method variants, {sum(r['decode_steps'] for r in mine):,} decode steps" in caption
+    assert ("No answer is right" in caption) == (not any(r["score"] for r in mine))
+
+
+def test_scores_that_tell_nothing_are_said_to():
+    def told(full, mac, lines=None):
+        made = [row("full", "vt", i, x, top1_agreement=None) for i, x in enumerate(full)]
+        made += [row("mac", "vt", i, x, top1_agreement=0.75) for i, x in enumerate(mac)]
+        return fig1.untold(summarise(pd.DataFrame(made)), lines or {})
+
+    assert "No answer is right" in told([0, 0], [0, 0]) and "mac 75.0%" in told([0, 0], [0, 0])
+    assert "not above chance" in told([0, 1, 0, 0], [0, 0, 1, 0], {"chance": 0.25}) and "have no width" in told([0, 1], [0, 1])
+    assert told([1] * 7 + [0], [1] * 6 + [0] * 2, {"chance": 0.25}) == told([0.5, 0.4], [0.4, 0.4]) == ""
+
+
 def test_sweep_reads_its_knobs_from_the_variants(tmp_path):
     run = tmp_path / "ruler" / "tiny" / "512" / "mac-1"
     (run / "samples").mkdir(parents=True)
@@ -264,5 +324,8 @@ def test_sweep_reads_its_knobs_from_the_variants(tmp_path):
     numbers = sweep.numbers(Records(tmp_path), run)
     (found,) = numbers[(numbers.tau == 0.6) & (numbers.window == 128)].itertuples()
     assert found.difference == approx(np.mean(scores["tau=0.6 window=128 band=64"]) - 0.5) and found.band == 64
+    # Of three examples two are drawn: differences of -0.5 + 0.1 j once in nine times, of -0.25 + 0.1 j four times in nine.
+    assert sorted(numbers.apart) == [False, True, True, True] and not numbers.set_index(["tau", "window"]).apart[0.6, 512]
     (drawn,) = sweep.make(Records(tmp_path), tmp_path)
+    assert "3 examples per variant; full attention scores 0.500" in drawn.caption and "up to ±0.125" in drawn.caption
     assert drawn.files[0].stat().st_size > 1000

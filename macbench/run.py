@@ -22,7 +22,7 @@ from macbench import asked, budget, cli, environment, experiment, judging, logge
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
-from macbench.generate import Answer, answers, out_of_memory
+from macbench.generate import answers, failure
 from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
@@ -30,8 +30,8 @@ from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
 from macbench.records import KEY, RunDirectory, config_hash, placeless, read_table
-from macbench.redact import by_name, redact
-from macbench.rows import layer_rows, sample_columns, step_rows
+from macbench.redact import by_name
+from macbench.rows import records
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
 from macbench.tables import format_frame, format_summary
@@ -236,7 +236,7 @@ def make_engine(cfg: DictConfig, layer: Kernels, ctx: int, model: LoadedModel) -
     try:
         return Engine(model.network, layer, ctx, cfg.engine.page_size, cfg.engine.prefill_chunk, batch, cfg.engine.graph)
     except (RuntimeError, MemoryError) as error:
-        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
+        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({failure(error)}); lower batch or ctx"
         raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
 
 
@@ -302,7 +302,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
-                tables = records(engine, task, variants, example, answered, directory.run_id)
+                tables = records(engine.ctx, task, variants, example, answered, directory.run_id)
                 if leases.lost(work.left[place]) or work.made(place):
                     continue  # who took it over, while this process slept too long, makes it or has made it
                 directory.write_example(work.left[place], tables, facts)
@@ -311,49 +311,6 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
         bar.update(bar.total - bar.n)
     if leases.last:
         directory.tidy()
-
-
-def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
-    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``."""
-    tables = {"samples": [], "steps": [], "layers": []}
-    texts: dict[int, list[int]] = {}
-    for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
-        key = {"run_id": run_id, "method": variant.name, "variant": variant.label}
-        key |= {"subtask": example.subtask, "example_id": example.example_id}
-        row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
-        meta = dict(example.meta)
-        if isinstance(answer, Answer):
-            texts[i] = answer.generation.tokens
-            try:
-                row["score"] = task.score(example, answer.text)
-            except Exception as error:  # models write anything; what one text does to a scorer costs no other's row
-                row["error"] = f"scoring fails: {_one_line(error)}"
-            meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
-            meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
-            meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
-            row |= {"text": answer.text, "prefill_s": answer.prefill_s}
-            row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
-            tables["steps"].append(step_rows(answer.generation, key))
-            tables["layers"].append(layer_rows(answer.generation, key, answer.layer_errors))
-        else:
-            row["error"] = _one_line(answer)
-        tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
-    _mark_divergence(tables["samples"], variants, texts)
-    return tables
-
-
-def _mark_divergence(rows: list[dict], variants: list[Variant], texts: dict[int, list[int]]) -> None:
-    """``first_divergence``: index of the first generated token that differs from full attention's; null if none does or full was not run."""
-    full = next((texts[i] for i, v in enumerate(variants) if v.name == "full" and i in texts), None)
-    for i, row in enumerate(rows):
-        if full is not None and i in texts and texts[i] != full:
-            shorter = min(len(full), len(texts[i]))
-            row["first_divergence"] = next((j for j in range(shorter) if full[j] != texts[i][j]), shorter)
-
-
-def _one_line(error: Exception) -> str:
-    hint = "; lower batch, engine.prefill_chunk or ctx" if out_of_memory(error) else ""
-    return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 
 def report(directory: RunDirectory, plan: Plan):

@@ -356,51 +356,58 @@ def protocol_card(facts: dict) -> str:
     return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 
 
-def _guarded(cfg: DictConfig) -> None:
+def _guarded(cfg: DictConfig) -> int:
+    """One job, whatever happens to it, as an exit code."""
     interrupt.raise_again()
     try:
-        code = run(cfg)
+        return run(cfg)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
-        code = 2
     except OmegaConfBaseException as error:
         print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
-        code = 2
     except OSError as error:  # a disk that is full, read-only or gone while a lease, a part or a log is written
         print(f"macbench: {ConfigError('runs_dir', error.filename or cfg.get('runs_dir'), one_line(error))}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
-        code = 143 if isinstance(stop, interrupt.Terminated) else 130
+        return 143 if isinstance(stop, interrupt.Terminated) else 130
+    return 2
+
+
+def _job(cfg: DictConfig) -> None:
+    """What Hydra calls."""
+    code = _guarded(cfg)
     if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep.note(code)  # the other jobs go on
     elif code:
         sys.exit(code)
 
 
-_hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_guarded)
+_hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_job)
 
 
 def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
     try:
         if experiment.asked(sys.argv[1:]):
-            sys.exit(experiment.main(sys.argv[1:], run))
-        sys.argv[1:] = cli.normalise(sys.argv[1:])
-        folder = cli.check(sys.argv[1:])
-        if folder is not None:
-            sys.argv[1:] = map(by_name, sys.argv[1:])
+            sys.exit(experiment.main(sys.argv[1:], _guarded))
+        argv = sys.argv[1:] = cli.normalise(sys.argv[1:])
+        cfg = cli.check(argv)
+        folder = cli.sweep_folder(cfg) if cfg is not None and cli.sweeps(argv) else None
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
-    if folder is None:
+    code = 0
+    if folder is not None:
+        sys.argv[1:] = map(by_name, argv)
+        sweep.begin(folder)
+        try:
+            _hydra_main()
+        finally:
+            code = sweep.end()
+    elif cfg is None or any("hydra" in a for a in argv):
         _hydra_main()
-        return
-    sweep.begin(folder)
-    try:
-        _hydra_main()
-    finally:
-        code = sweep.end()
+    else:  # nothing is asked of Hydra that would need the configuration composed again, twice
+        code = _guarded(cfg)
     if code:
         sys.exit(code)
 

@@ -104,10 +104,6 @@ def _first_of_sweep(text: str) -> str:
 def _check_group(text: str) -> None:
     override = _parse(text)
     key = override.key_or_group
-    if key == "hydra.verbose":  # which Hydra reads before it catches anything
-        names = override.value() if isinstance(override.value(), list) else [override.value()]
-        if not all(isinstance(name, str | bool) for name in names):
-            raise ConfigError(key, override.value(), "must be true, false or names of loggers")
     if key in groups():
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
         for value in values:

@@ -4,6 +4,7 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -375,7 +376,11 @@ def _guarded(cfg: DictConfig) -> int:
 
 def _job(cfg: DictConfig) -> None:
     """What Hydra calls."""
-    code = _guarded(cfg)
+    try:
+        code = _guarded(cfg)
+    except Exception as error:
+        error.of_a_job = True
+        raise
     if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep.note(code)  # the other jobs go on
     elif code:
@@ -383,6 +388,19 @@ def _job(cfg: DictConfig) -> None:
 
 
 _hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_job)
+
+
+def _by_hydra() -> None:
+    """Where something is asked of Hydra itself. What it cannot do is one line as well."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # it raises, and prints no traceback
+    try:
+        _hydra_main()
+    except Exception as error:
+        if getattr(error, "of_a_job", False):
+            raise
+        asked_for = " ".join(a for a in sys.argv[1:] if "hydra" in a or a.startswith("-"))
+        print(f"macbench: {ConfigError('hydra', asked_for, one_line(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main() -> None:
@@ -401,11 +419,11 @@ def main() -> None:
         sys.argv[1:] = map(by_name, argv)
         sweep.begin(folder)
         try:
-            _hydra_main()
+            _by_hydra()
         finally:
             code = sweep.end()
     elif cfg is None or any("hydra" in a for a in argv):
-        _hydra_main()
+        _by_hydra()
     else:  # nothing is asked of Hydra that would need the configuration composed again, twice
         code = _guarded(cfg)
     if code:

@@ -33,7 +33,7 @@ demo: $(READY)
 	$(BIN)/python -m macbench.run method=mac compare=[full] task=ruler task.subtasks=[niah_single_1,niah_single_2,fwe] ctx=3k limit=1
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,13 +6,15 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from macbench.errors import ConfigError, choose, one_line
 
 _HERE = Path(__file__).parent
 # In a wheel conf/ is installed inside the package; in a checkout it is its neighbour.
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+
+_SWEEP = ("-m", "--multirun")
 
 # The model where ctx is beyond the default one's positions and no model is named.
 LONG_MODEL, DEFAULT_POSITIONS = "smollm2_128k", 8192
@@ -37,8 +39,7 @@ def normalise(argv: list[str]) -> list[str]:
 
     A long ctx gets the model that serves it.
     """
-    sweep = ("-m", "--multirun")
-    argv = [a for a in argv if a in sweep] + [a for a in argv if a not in sweep]
+    argv = [a for a in argv if a in _SWEEP] + [a for a in argv if a not in _SWEEP]
     argv = ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
     return [*argv, f"model={LONG_MODEL}"] if _wants_long_model(argv) else argv
 
@@ -54,27 +55,35 @@ def _wants_long_model(argv: list[str]) -> bool:
     return longest > DEFAULT_POSITIONS and packaged(load_option("model", LONG_MODEL).adapter).is_file()
 
 
-def check(argv: list[str]) -> Path | None:
-    """Compose the configuration once to find mistakes in the overrides; raises ConfigError. Returns the folder of notes on a sweep, if it is one."""
-    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in argv):
-        return None  # Hydra's own flags (--help, --cfg, ...) explain themselves
+def check(argv: list[str]) -> DictConfig | None:
+    """The composed configuration, of a sweep that of its first job; a mistake in the overrides is a ConfigError. None: Hydra's own flags (--help,
+    --cfg, ...) explain themselves."""
+    if any(a.startswith("-") and a not in _SWEEP for a in argv):
+        return None
     overrides = [a for a in argv if not a.startswith("-")]
     for text in overrides:
         _check_group(text)
     single = [_first_of_sweep(text) for text in overrides] if len(overrides) < len(argv) else overrides
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            config = compose("config", overrides=single)
+            return compose("config", overrides=single)
     except Exception as error:  # Hydra's and OmegaConf's own, and whatever else strange overrides of hydra.* make them raise
         raise _explain(error, single) from error
-    if len(overrides) < len(argv):  # Hydra notes the sweep there
-        folder = Path(str(config.runs_dir)) / ".sweep"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
-        return folder
-    return None
+
+
+def sweeps(argv: list[str]) -> bool:
+    """Whether a command line asks for several jobs."""
+    return any(a in _SWEEP for a in argv)
+
+
+def sweep_folder(config: DictConfig) -> Path:
+    """Where Hydra notes a sweep; it is made."""
+    folder = Path(str(config.runs_dir)) / ".sweep"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("runs_dir", config.runs_dir, f"cannot be written ({error.strerror})") from error
+    return folder
 
 
 def _parse(text: str):

@@ -2,7 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from macbench.redact import redact
 
@@ -38,3 +41,19 @@ def one_of(value: str, choices: list[str]) -> str:
 def one_line(error: Exception) -> str:
     """The first line of an exception's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextmanager
+def ending(done: str = "read") -> Iterator[Callable[[Path], None]]:
+    """How a command on run folders ends that cannot go on: one line, exit code 2. Wrong input says what is wrong; of what somebody else's files
+    make of a reader, the line says which folder cannot be ``done``: the last one that the value of this context was called with."""
+    at: list[Path] = []
+    try:
+        yield at.append
+    except ConfigError as error:
+        print(f"macbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FOREIGN as error:
+        said = f"cannot be {done} ({type(error).__name__}: {one_line(error)})"
+        print(f"macbench: {ConfigError('RUN', at[-1] if at else '', said)}", file=sys.stderr)
+        sys.exit(2)

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -52,14 +51,11 @@ def located(overrides: list[str], data: Path | None) -> list[str]:
 
 def configuration(overrides: list[str]) -> DictConfig:
     """The composed configuration; a mistake is a ConfigError."""
-    argv = cli.normalise(overrides)
-    cli.check(argv)
-    with initialize_config_dir(str(cli.CONF.resolve()), version_base="1.3"):
-        return compose("config", overrides=argv)
+    return cli.check(cli.normalise(overrides))
 
 
 def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
-    """Run, or with --dry-run list, the commands of a preset. Returns the exit code, the worst of all commands'."""
+    """Run, or with --dry-run list, the commands of a preset. Returns the exit code, the worst of all commands'; a signal ends them all."""
     names, scale, data, rest, dry = _parse(argv)
     interrupt.raise_again()
     worst, seen = 0, set()
@@ -83,6 +79,8 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
                     print(plan.describe(cfg, load(name).get("pace", {}).get(scale), gpu=scale != "cpu"))
                 else:
                     worst = max(worst, run(cfg))
+                    if worst > 128:  # a signal
+                        return worst
             except ConfigError as error:
                 print(f"macbench: {error}", file=sys.stderr)
                 worst = 2

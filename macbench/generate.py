@@ -14,10 +14,11 @@ from macbench_kernels import OutOfPages, UnsupportedError
 
 from macbench.decoder import Preparation
 from macbench.engine import Engine, Generation, Prompt, Request
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
 from macbench.follow import Trail
 from macbench.models.weights import LoadedModel
 from macbench.partial import Partial
+from macbench.redact import redact
 from macbench.sampling import StopStrings
 from macbench.tasks.base import Example, Task
 
@@ -196,6 +197,12 @@ def out_of_memory(error: Exception) -> bool:
     """On a GPU, by torch or a library below it, or, where torch raises plain RuntimeErrors, on a CPU."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in said for sign in _SHORT_OF_MEMORY)
+
+
+def failure(error: Exception) -> str:
+    """One line about a failed call, for a row's ``error``; after a lack of memory, with what may help."""
+    hint = "; lower batch, engine.prefill_chunk or ctx" if out_of_memory(error) else ""
+    return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 
 def _attempt(engine: Engine, make: Callable):

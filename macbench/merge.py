@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from macbench import asked
 from macbench.environment import continued
-from macbench.errors import FOREIGN, ConfigError, one_line
+from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_in_order
 from macbench.leases import Leases
 from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs, foreign
@@ -110,8 +110,7 @@ def _copy(source: Path, target: Path, name: str) -> None:
 
 
 def main() -> None:
-    run = None
-    try:
+    with ending() as at:
         folders = [Path(a) for a in sys.argv[1:]]
         if len(folders) < 2:
             raise ConfigError("SOURCE", "", "name a target and its sources: python -m macbench.merge runs machine-a/runs machine-b/runs")
@@ -121,6 +120,7 @@ def main() -> None:
             if not runs:
                 raise ConfigError("SOURCE", source, "has no runs below it")
             for run in runs:
+                at(run)
                 into = target / run.relative_to(source)
                 if into == target:
                     raise ConfigError("SOURCE", source, "is a run itself; name the folder that it has in common with the target, such as runs")
@@ -128,13 +128,8 @@ def main() -> None:
                 changed.append(into)
                 print(f"{run}: {', '.join(f'{number} {what}' for what, number in counts.items())}")
         for run in dict.fromkeys(changed):
+            at(run)
             print(f"{run}\n{format_summary(summary(run))}")
-    except ConfigError as error:
-        print(f"macbench: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FOREIGN as error:  # what somebody else's files can make of any reader
-        print(f"macbench: {run}: cannot be read ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

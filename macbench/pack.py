@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from macbench import asked
 from macbench.environment import label
-from macbench.errors import FOREIGN, ConfigError, one_line
+from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_whole
 from macbench.merge import summary
 from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
@@ -150,12 +150,13 @@ def _json(path: Path) -> dict:
 
 
 def main() -> None:
-    run, wrong = None, 0
-    try:
+    wrong = 0
+    with ending("packed") as at:
         folders = [Path(argument) for argument in sys.argv[1:]]
         if len(folders) < 2:
             raise ConfigError("RUN", "", "name a target and runs: python -m macbench.pack runs/reference runs/ruler/smollm2/4096/mac-1a2b3c4d")
         for run in folders[1:]:
+            at(run)
             made = pack(run, folders[0])
             if (made / "texts.parquet").exists():
                 print(f"{run} -> {made}: a trace, whose rows nothing else vouches for")
@@ -163,12 +164,6 @@ def main() -> None:
             found = verify(made)
             wrong += len(found.wrong)
             print(f"{run} -> {made}: {found.text()}", end="")
-    except ConfigError as error:
-        print(f"macbench: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FOREIGN as error:  # what somebody else's files can make of any reader
-        print(f"macbench: {run}: cannot be packed ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
-        sys.exit(2)
     sys.exit(1 if wrong else 0)
 
 

@@ -7,11 +7,12 @@ RUN is a folder that macbench.run wrote, or one with such folders in it. Every r
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, ending
 from macbench.records import read_table
 from macbench.summary import summarise
 from macbench.tables import format_summary
@@ -47,7 +48,8 @@ def page(roots: list[str], target: Path) -> None:
         raise ConfigError("--html", target, f"cannot be written ({error.strerror})") from error
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], at: Callable[[Path], None] = lambda run: None) -> None:
+    """``at`` is told which run is being read."""
     target = HTML
     if "--html" in arguments:
         at = arguments.index("--html")
@@ -57,6 +59,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise ConfigError("RUN", "", "name a run folder: python -m macbench.report runs/ruler/smollm2/4096/mac-1a2b3c4d")
     for run in map(Path, arguments):
+        at(run)
         if not run.is_dir() or not any(run.rglob("*.parquet")):
             raise ConfigError("RUN", run, "is not a run folder (no records in it)")
         if (run / "samples").is_dir():
@@ -65,8 +68,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"macbench: {error}", file=sys.stderr)
-        sys.exit(2)
+    with ending() as at:
+        main(sys.argv[1:], at)

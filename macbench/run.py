@@ -4,6 +4,7 @@ python -m macbench.run method=mac compare=[full] task=ruler ctx=4k limit=5
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from macbench import asked, budget, cli, environment, experiment, judging, logge
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
-from macbench.generate import Answer, answers, out_of_memory
+from macbench.generate import answers, failure
 from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
@@ -30,8 +31,8 @@ from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
 from macbench.records import KEY, RunDirectory, config_hash, engine_knobs, placeless, read_table
-from macbench.redact import by_name, redact
-from macbench.rows import layer_rows, sample_columns, step_rows
+from macbench.redact import by_name
+from macbench.rows import records
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
 from macbench.tables import format_frame, format_summary
@@ -239,7 +240,7 @@ def make_engine(cfg: DictConfig, layer: Kernels, ctx: int, model: LoadedModel) -
     except UnsupportedError as error:
         raise ConfigError("engine.batch_invariant", True, str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({_one_line(error)}); lower batch or ctx"
+        said = f"the KV cache of {batch} x {ctx} tokens does not fit into memory ({failure(error)}); lower batch or ctx"
         raise ConfigError("batch" if batch > 1 else "ctx", batch if batch > 1 else ctx, said) from error
 
 
@@ -305,7 +306,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
             examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
             for place, example, answered in zip(group, examples, made, strict=True):
-                tables = records(engine, task, variants, example, answered, directory.run_id)
+                tables = records(engine.ctx, task, variants, example, answered, directory.run_id)
                 if leases.lost(work.left[place]) or work.made(place):
                     continue  # who took it over, while this process slept too long, makes it or has made it
                 directory.write_example(work.left[place], tables, facts)
@@ -314,49 +315,6 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
         bar.update(bar.total - bar.n)
     if leases.last:
         directory.tidy()
-
-
-def records(engine: Engine, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
-    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``."""
-    tables = {"samples": [], "steps": [], "layers": []}
-    texts: dict[int, list[int]] = {}
-    for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
-        key = {"run_id": run_id, "method": variant.name, "variant": variant.label}
-        key |= {"subtask": example.subtask, "example_id": example.example_id}
-        row = key | {"task": task.name, "ctx": engine.ctx, "prompt_tokens": len(example.input_ids), "reference": list(example.references)}
-        meta = dict(example.meta)
-        if isinstance(answer, Answer):
-            texts[i] = answer.generation.tokens
-            try:
-                row["score"] = task.score(example, answer.text)
-            except Exception as error:  # models write anything; what one text does to a scorer costs no other's row
-                row["error"] = f"scoring fails: {_one_line(error)}"
-            meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
-            meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
-            meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
-            row |= {"text": answer.text, "prefill_s": answer.prefill_s}
-            row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
-            tables["steps"].append(step_rows(answer.generation, key))
-            tables["layers"].append(layer_rows(answer.generation, key, answer.layer_errors))
-        else:
-            row["error"] = _one_line(answer)
-        tables["samples"].append(row | {"meta": json.dumps(meta, default=str)})
-    _mark_divergence(tables["samples"], variants, texts)
-    return tables
-
-
-def _mark_divergence(rows: list[dict], variants: list[Variant], texts: dict[int, list[int]]) -> None:
-    """``first_divergence``: index of the first generated token that differs from full attention's; null if none does or full was not run."""
-    full = next((texts[i] for i, v in enumerate(variants) if v.name == "full" and i in texts), None)
-    for i, row in enumerate(rows):
-        if full is not None and i in texts and texts[i] != full:
-            shorter = min(len(full), len(texts[i]))
-            row["first_divergence"] = next((j for j in range(shorter) if full[j] != texts[i][j]), shorter)
-
-
-def _one_line(error: Exception) -> str:
-    hint = "; lower batch, engine.prefill_chunk or ctx" if out_of_memory(error) else ""
-    return redact(f"{type(error).__name__}: {one_line(error) if str(error).strip() else ''}{hint}")
 
 
 def report(directory: RunDirectory, plan: Plan):
@@ -402,51 +360,75 @@ def protocol_card(facts: dict) -> str:
     return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 
 
-def _guarded(cfg: DictConfig) -> None:
+def _guarded(cfg: DictConfig) -> int:
+    """One job, whatever happens to it, as an exit code."""
     interrupt.raise_again()
     try:
-        code = run(cfg)
+        return run(cfg)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
-        code = 2
     except OmegaConfBaseException as error:
         print(f"macbench: {ConfigError('configuration', error.full_key or '', str(error).splitlines()[0])}", file=sys.stderr)
-        code = 2
     except OSError as error:  # a disk that is full, read-only or gone while a lease, a part or a log is written
         print(f"macbench: {ConfigError('runs_dir', error.filename or cfg.get('runs_dir'), one_line(error))}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt as stop:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr)
-        code = 143 if isinstance(stop, interrupt.Terminated) else 130
+        return 143 if isinstance(stop, interrupt.Terminated) else 130
+    return 2
+
+
+def _job(cfg: DictConfig) -> None:
+    """What Hydra calls."""
+    try:
+        code = _guarded(cfg)
+    except Exception as error:
+        error.of_a_job = True
+        raise
     if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep.note(code)  # the other jobs go on
     elif code:
         sys.exit(code)
 
 
-_hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_guarded)
+_hydra_main = hydra.main(version_base="1.3", config_path=str(cli.CONF.resolve()), config_name="config")(_job)
+
+
+def _by_hydra() -> None:
+    """Where something is asked of Hydra itself. What it cannot do is one line as well."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # it raises, and prints no traceback
+    try:
+        _hydra_main()
+    except Exception as error:
+        if getattr(error, "of_a_job", False):
+            raise
+        asked_for = " ".join(a for a in sys.argv[1:] if "hydra" in a or a.startswith("-"))
+        print(f"macbench: {ConfigError('hydra', asked_for, one_line(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main() -> None:
     """Entry point of ``macbench`` and ``python -m macbench.run``."""
     try:
         if experiment.asked(sys.argv[1:]):
-            sys.exit(experiment.main(sys.argv[1:], run))
-        sys.argv[1:] = cli.normalise(sys.argv[1:])
-        folder = cli.check(sys.argv[1:])
-        if folder is not None:
-            sys.argv[1:] = map(by_name, sys.argv[1:])
+            sys.exit(experiment.main(sys.argv[1:], _guarded))
+        argv = sys.argv[1:] = cli.normalise(sys.argv[1:])
+        cfg = cli.check(argv)
+        folder = cli.sweep_folder(cfg) if cfg is not None and cli.sweeps(argv) else None
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
-    if folder is None:
-        _hydra_main()
-        return
-    sweep.begin(folder)
-    try:
-        _hydra_main()
-    finally:
-        code = sweep.end()
+    code = 0
+    if folder is not None:
+        sys.argv[1:] = map(by_name, argv)
+        sweep.begin(folder)
+        try:
+            _by_hydra()
+        finally:
+            code = sweep.end()
+    elif cfg is None or any("hydra" in a for a in argv):
+        _by_hydra()
+    else:  # nothing is asked of Hydra that would need the configuration composed again, twice
+        code = _guarded(cfg)
     if code:
         sys.exit(code)
 

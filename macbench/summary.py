@@ -76,8 +76,9 @@ def generated(steps: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of(steps: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
-    """Step rows of the examples in ``samples``, with their ``question_steps``."""
-    samples = samples.reindex(columns=[*_KEYS, "question_steps"]).fillna({"question_steps": 0})
+    """Step rows of the examples in ``samples`` that did not fail, with their ``question_steps``: a text that could not be scored has steps, too."""
+    samples = samples.reindex(columns=[*_KEYS, "question_steps", "error"]).fillna({"question_steps": 0})
+    samples = samples[samples.error.isna()].drop(columns="error")
     return steps.merge(samples.drop_duplicates(), on=_KEYS)
 
 

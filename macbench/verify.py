@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from macbench import asked
 from macbench.counting import TOTALS
 from macbench.environment import label
-from macbench.errors import FOREIGN, ConfigError, one_line
+from macbench.errors import ConfigError, ending, one_line
 from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
@@ -160,24 +160,18 @@ def _place(row) -> str:
 
 
 def main() -> None:
-    run = None
     runs, given = [a for a in sys.argv[1:] if "=" not in a], dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
-    try:
+    with ending() as at:
         options = _options(given)
         folders = [folder for run in runs for folder in (list(find_runs(Path(run))) or [Path(run)])]
         if not folders:
             raise ConfigError("RUN", "", "name a run folder, or one with runs below it: python -m macbench.verify runs")
         wrong = 0
         for run in folders:
+            at(run)
             found = verify(run, **options)
             wrong += len(found.wrong)
             print(f"{run}: {found.text()}", end="")
-    except ConfigError as error:
-        print(f"macbench: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FOREIGN as error:  # what somebody else's files can make of any reader
-        print(f"macbench: {run}: cannot be read ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
-        sys.exit(2)
     if wrong:
         sys.exit(1)
 

@@ -11,31 +11,17 @@ import time
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from macbench import run as run_module
 from macbench.records import engine_knobs
 from macbench.tasks.ruler import Ruler
-from tests import real
+from tests import kills
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A folder with a random two-layer Llama and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    real.chat().tokenizer.save_pretrained(folder)
-    return folder
+    """A folder with a random two-layer Llama and SmolLM2's tokenizer; its answers end soon."""
+    return kills.tiny_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture
@@ -415,7 +401,7 @@ def test_a_method_that_cannot_act_says_so(macbench, tiny_args):
     assert "runs as full attention" in err
 
 
-def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
+def test_ctrl_c_keeps_finished_examples(macbench, tiny_args, tmp_path):
     command = [sys.executable, "-m", "macbench.run", *tiny_args, "method=full", "limit=400"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -430,24 +416,24 @@ def test_ctrl_c_keeps_finished_examples(tiny_args, tmp_path):
     assert "Traceback" not in err
     kept = len(samples(tmp_path))
     assert 2 <= kept < 400
-    finished = subprocess.run([*command[:-1], f"limit={kept}"], capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0
-    assert "nothing left to compute" in finished.stderr
+    code, _, err = macbench(*command[3:-1], f"limit={kept}")
+    assert code == 0 and "nothing left to compute" in err
     assert not [p for p in (tmp_path / "runs").rglob("*") if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.6, 1.5, 3.0])
-@pytest.mark.parametrize("module", ["macbench.run", "macbench"])
-def test_ctrl_c_while_starting(tiny_args, seconds, module):
-    command = [sys.executable, "-m", module, *tiny_args, "method=full", "limit=400"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    )
-    time.sleep(seconds)
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [("macbench.run", "macbench.interrupt"), ("macbench", "omegaconf"), ("macbench.run", "torch")],
+)
+def test_ctrl_c_while_starting(tiny_args, module, imported):
+    """As soon as the process has imported something, in the middle of the other imports."""
+    command = [sys.executable, "-X", "importtime", "-m", module, *tiny_args, "method=full", "limit=400"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert any(line.split()[-1] == imported for line in process.stderr)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert [line for line in err.splitlines() if not line.startswith("macbench: note")] == [
+    assert [line for line in err.splitlines() if not line.startswith(("import time:", "macbench: note"))] == [
         "macbench: interrupted; finished examples are kept, the same command continues"
     ]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from macbench import environment, merge, pack, status, verify
+from macbench import run as run_module
 from macbench.leases import Leases
 from macbench.models import fingerprint
 from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
@@ -27,7 +27,9 @@ def made(tmp_path_factory):
     """(runs, arguments) of a finished run of four examples; copied by every test."""
     folder = tmp_path_factory.mktemp("made")
     args = kills.arguments(kills.tiny_model(folder / "model"), folder / "runs", 4)
-    subprocess.run([sys.executable, "-m", "macbench.run", *args], check=True, capture_output=True, timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["macbench", *args])
+        run_module.main()
     return folder / "runs", args
 
 
@@ -288,7 +290,7 @@ def change(path: Path, how) -> None:
     pq.write_table(how(pq.read_table(path)), path)
 
 
-def test_a_packed_run_is_the_same_run(run, again, tmp_path, tool):
+def test_a_packed_run_is_the_same_run(macbench, run, again, tmp_path, tool):  # noqa: F811
     """One part a table, same rows, nothing left to compute; where the machine's folders were named, nothing is."""
     before = read_table(run, "samples").sort_values(KEY, ignore_index=True)
     code, out, err = tool(pack, tmp_path / "kept", run)
@@ -302,8 +304,8 @@ def test_a_packed_run_is_the_same_run(run, again, tmp_path, tool):
     runs_dir = next(a for a in again if a.startswith("runs_dir=")).removeprefix("runs_dir=")
     assert all(runs_dir not in text for text in (metadata, (kept / "config.yaml").read_text(), (kept / "environment.json").read_text()))
     args = [a for a in again if not a.startswith("runs_dir=")]
-    done = subprocess.run([sys.executable, "-m", "macbench.run", *args, f"runs_dir={tmp_path / 'kept'}"], capture_output=True, text=True)
-    assert done.returncode == 0 and "nothing left to compute" in done.stderr
+    code, _, err = macbench(*args, f"runs_dir={tmp_path / 'kept'}")
+    assert code == 0 and "nothing left to compute" in err
     assert tool(pack, tmp_path / "kept", run)[0] == 2  # never over what is there
 
 

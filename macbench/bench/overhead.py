@@ -21,13 +21,14 @@ PARTS = (
     *(("leases", Work, name) for name in ("_claim", "made")),
     ("rows", run_module, "records"),
     ("parquet", RunDirectory, "write_example"),
-    ("parquet", partial, "clear"),
+    *(("unfinished texts", partial.Partial, name) for name in ("__init__", "save", "finish")),
+    ("unfinished texts", partial, "clear"),
     ("statistics", run_module, "report"),
 )
 
 
 def main() -> None:
-    spent, inside, whole = dict.fromkeys(("leases", "rows", "parquet", "statistics"), 0.0), [], [0.0, 0]
+    spent, inside, whole = dict.fromkeys((part for part, _, _ in PARTS), 0.0), [], [0.0, 0]
 
     def timed(part: str, function: Callable) -> Callable:
         @wraps(function)

@@ -50,7 +50,7 @@ class Case:
     scored: bool = False  # reads state even while it keeps everything
     prompts: tuple = PROMPTS
     short: tuple = SHORT  # these are for the interpreter
-    short_layers: int = 2
+    short_layers: int = 1
 
     def texts(self, backend="torch", **sizes) -> list[Text]:
         prompts = self.prompts
@@ -68,7 +68,7 @@ CASES = {
     # What it reads follows from hits: test_counting holds that to closed forms and poisons its rings as well.
     "mac": Case(
         *(maker(MAC, tau=1.1, window=16, band=8, min_context=0), {"tau": 0.0}, (None,), expected.mac_counts),
-        **{"scored": True, "short": (24,), "short_layers": 1},
+        **{"scored": True, "short": (24,)},
     ),
     "streaming_llm": Case(maker(StreamingLLM, sinks=3, recent=20), {"recent": 500}, expected=expected.streaming_counts),
     "streaming_llm cache": Case(maker(StreamingLLM, sinks=3, recent=20, mode="faithful"), {"recent": 500}, expected=expected.streaming_counts),
@@ -116,9 +116,13 @@ CASES = {
         expected.rocket_counts,
         spoils.spoil_rocket,
     ),
-    "tidaldecode": Case(maker(TidalDecode, budget=25, reselect=9), {"budget": 500}, ("mean", "per_q_head"), expected.tidal_counts, short_layers=4),
+    "tidaldecode": Case(
+        *(maker(TidalDecode, budget=25, reselect=9), {"budget": 500}, ("mean", "per_q_head"), expected.tidal_counts),
+        **{"short": (47,), "short_layers": 4},
+    ),
     "tidaldecode faithful": Case(
-        maker(TidalDecode, budget=25, reselect=9, mode="faithful"), {"budget": 500}, (None,), expected.tidal_counts, short_layers=4
+        *(maker(TidalDecode, budget=25, reselect=9, mode="faithful"), {"budget": 500}, (None,), expected.tidal_counts),
+        **{"short": (47,), "short_layers": 4},
     ),
     "snapkv": Case(
         maker(SnapKV, capacity=25, window=8), {"capacity": 500}, ("sum", "max", "per_q_head"), expected.snap_counts, spoils.spoil_survivors
@@ -127,7 +131,12 @@ CASES = {
         maker(SnapKV, capacity=25, window=8, mode="faithful"), {"capacity": 500}, (None,), expected.snap_counts, spoils.spoil_survivors
     ),
     "pyramidkv": Case(
-        maker(PyramidKV, capacity=25, beta=4), {"capacity": 500}, ("sum", "max", "per_q_head"), expected.snap_counts, spoils.spoil_survivors
+        maker(PyramidKV, capacity=25, beta=4),
+        {"capacity": 500},
+        ("sum", "max", "per_q_head"),
+        expected.snap_counts,
+        spoils.spoil_survivors,
+        short_layers=2,
     ),
     "tova": Case(maker(TOVA, capacity=25), {"capacity": 500}, ("mean",), expected.tova_counts, spoils.spoil_survivors),
     "tova faithful": Case(maker(TOVA, capacity=25, mode="faithful"), {"capacity": 500}, (None,), expected.tova_counts, spoils.spoil_survivors),

@@ -23,7 +23,7 @@ METHODS = {
     "mac": mac,
     "mac sink": lambda: mac(sink=6),
     "mac chain": lambda: mac(max_chain=2),
-    "mac late": lambda: mac(min_context=104),
+    "mac late": lambda: mac(min_context=102),
 }
 
 
@@ -59,8 +59,8 @@ def test_union_of_random_spans_equals_sets():
 
 
 def few(backend: str, steps: int) -> int:
-    """The interpreter takes a second per step."""
-    return steps if backend == "torch" or DEVICE == "cuda" else 8
+    """The interpreter takes seconds per step."""
+    return steps if backend == "torch" or DEVICE == "cuda" else 4
 
 
 class Recorder:
@@ -123,8 +123,8 @@ def test_poison_outside_the_reported_reads(method, backend):
         pool.v.copy_(clean[1])
     counts = driver.ledger.counts()
     if isinstance(method, MAC):
-        assert counts["hits"].sum() > 12
-        assert partial > 2
+        assert counts["hits"].sum() > few(backend, 12)
+        assert partial > few(backend, 6) - 4
     else:
         assert partial == 0
 

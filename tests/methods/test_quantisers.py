@@ -21,7 +21,7 @@ SMOLLM2 = Shape(30, 9, 3, 64, 0.125)
 
 def few(backend: str, steps: int) -> int:
     """The interpreter takes a second per step."""
-    return steps if backend == "torch" or DEVICE == "cuda" else 5
+    return steps if backend == "torch" or DEVICE == "cuda" else 4
 
 
 @pytest.mark.parametrize(

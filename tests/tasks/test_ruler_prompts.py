@@ -44,10 +44,8 @@ def check_full(task: Ruler, chat: Chat, subtask: str, index: int, ctx: int):
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_input_ids_are_the_tokens_of_the_prompt_and_fill_the_context(any_chat, made_data, subtask):
-    for ctx in (SMALL.get(subtask, 800), MIDDLE.get(subtask, 4096)):
-        task = Ruler(any_chat, ctx, data_path=str(made_data))
-        for index in (0, 3):
-            check_full(task, any_chat, subtask, index, ctx)
+    for index, ctx in ((0, SMALL.get(subtask, 800)), (3, MIDDLE.get(subtask, 4096))):
+        check_full(Ruler(any_chat, ctx, data_path=str(made_data)), any_chat, subtask, index, ctx)
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)

@@ -1,7 +1,7 @@
 """Attention over quantised keys and values, and the quantisation of one row per step.
 
-Programs share the tiles of one (request, KV head) equally; like in triton_attend keys are rows and heads are columns. A tile's codes are loaded
-as whole 32-bit words and spread over channels in registers, so DRAM and L1 traffic are those of the packed codes.
+Programs share the tiles of codes of one (request, KV head) equally; one more takes what lies behind the last whole tile, where rows may still be
+in the cache, and are dequantised in full. See triton_codes for a tile of codes alone.
 """
 
 import torch
@@ -9,15 +9,18 @@ import triton
 import triton.language as tl
 
 from macbench_kernels.cache import PagedKVCache
-from macbench_kernels.quantised import SMALLEST_SCALE, Codes
+from macbench_kernels.dispatch import UnsupportedError
+from macbench_kernels.quantised import SMALLEST_SCALE, Codes, Scheme
 from macbench_kernels.state import State
-from macbench_kernels.triton_common import LN2, LOG2E, check, finish, on_device, processors
+from macbench_kernels.triton_codes import BOOST, assembly, code_tiles
+from macbench_kernels.triton_common import INTERPRETED, LN2, LOG2E, check, finish, on_device, processors
 
-# Programs per multiprocessor that the splits of all (request, KV head) pairs add up to.
-_PROGRAMS_PER_PROCESSOR = 2
-_MAX_SPLITS = 128
-# Keys per tile: a multiple of every group of KIVI; half of it for float32, which is for tests.
-_BLOCK = 64
+# Most programs for one (request, KV head), besides the one for its end.
+_MAX_SPLITS = 127
+# Tokens per tile where rows may come from the cache: every group is as long, a part of it or a multiple.
+_MIXED = 32
+# Rows of a matrix product; sizes of groups, and of a tile of several of them.
+_ROWS, _LEAST_GROUP, _MOST_TOKENS = 16, 16, 128
 
 
 @triton.jit
@@ -26,7 +29,10 @@ def _dequantised(
     dim: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK, DIM] of the tokens from ``first`` (a multiple of BLOCK); unspecified but finite from ``stop`` on. Pointers are of one head."""
+    """float32 [BLOCK, DIM] of the tokens from ``first``, whole groups or a part of one; unspecified but finite from ``stop`` on.
+
+    Pointers are of one head.
+    """
     per: tl.constexpr = 32 // BITS
     token = first + tl.arange(0, BLOCK)
     word = tl.arange(0, DIM // per)
@@ -38,13 +44,14 @@ def _dequantised(
         codes -= 1 << (BITS - 1)
     # Groups as wide as the head fill the padded width too.
     WIDE: tl.constexpr = DIM if dim == CHANNELS else CHANNELS
-    row = first // TOKENS + tl.arange(0, BLOCK // TOKENS)
+    SAME: tl.constexpr = TOKENS if TOKENS < BLOCK else BLOCK  # tokens of a tile in one group
+    row = first // TOKENS + tl.arange(0, BLOCK // SAME)
     column = tl.arange(0, DIM // WIDE)
     at = row[:, None] * (dim // CHANNELS) + column[None, :]
     there = (row * TOKENS < stop)[:, None] & (column < dim // CHANNELS)[None, :]
-    x = codes * _spread(tl.load(scale_ptr + at, mask=there, other=0.0).to(tl.float32), TOKENS, WIDE, BLOCK, DIM)
+    x = codes * _spread(tl.load(scale_ptr + at, mask=there, other=0.0).to(tl.float32), SAME, WIDE, BLOCK, DIM)
     if not SYMMETRIC:
-        x += _spread(tl.load(zero_ptr + at, mask=there, other=0.0).to(tl.float32), TOKENS, WIDE, BLOCK, DIM)
+        x += _spread(tl.load(zero_ptr + at, mask=there, other=0.0).to(tl.float32), SAME, WIDE, BLOCK, DIM)
     return x
 
 
@@ -55,32 +62,33 @@ def _spread(x, TOKENS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, DI
 
 
 @triton.jit
-def _tiles(
-    q, top, total, acc, k_ptr, v_ptr, table_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, begin, end, length, k_stop, v_stop, scale,
+def _mixed_tiles(
+    q, k_ptr, v_ptr, table_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, begin, length, k_stop, v_stop, scale,
     dim: tl.constexpr, page: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    KT: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VC: tl.constexpr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, MIXED: tl.constexpr,
+    KT: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VC: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax sums (top [g], total [g], acc [DIM, g]) with the keys [begin, end) added. MIXED: some rows may come from the cache."""
+    """Softmax sums (top [c], total [c], acc [DIM, c]) over the tokens [begin, length), of which some rows come from the cache; keys are rows here.
+
+    q [DIM, c]; ``begin`` is a multiple of BLOCK.
+    """
     channel = tl.arange(0, DIM)[None, :]
-    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+    top = tl.full([COLUMNS], float("-inf"), tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.zeros([DIM, COLUMNS], tl.float32)
+    for block in tl.range(begin, length, BLOCK, num_stages=1):
         token = block + tl.arange(0, BLOCK)
         k = _dequantised(kw_ptr, ks_ptr, kz_ptr, block, k_stop, dim, BITS, KT, KC, SYMMETRIC, BLOCK, DIM).to(q.dtype)
         v = _dequantised(vw_ptr, vs_ptr, vz_ptr, block, v_stop, dim, BITS, VT, VC, SYMMETRIC, BLOCK, DIM).to(q.dtype)
-        if MIXED:
-            late = (token < length) & (token >= tl.minimum(k_stop, v_stop))
-            row = tl.load(table_ptr + token // page, mask=late, other=0).to(tl.int64) * page + token % page
-            at = row[:, None] * dim + channel
-            fresh_k, fresh_v = token >= k_stop, token >= v_stop
-            k = tl.where(fresh_k[:, None], tl.load(k_ptr + at, mask=(late & fresh_k)[:, None] & (channel < dim), other=0.0), k)
-            v = tl.where(fresh_v[:, None], tl.load(v_ptr + at, mask=(late & fresh_v)[:, None] & (channel < dim), other=0.0), v)
-        score = tl.dot(k, q, input_precision="ieee") * scale
-        if MIXED:
-            score = tl.where((token < length)[:, None], score, float("-inf"))
+        late = (token < length) & (token >= tl.minimum(k_stop, v_stop))
+        row = tl.load(table_ptr + token // page, mask=late, other=0).to(tl.int64) * page + token % page
+        at = row[:, None] * dim + channel
+        fresh_k, fresh_v = token >= k_stop, token >= v_stop
+        k = tl.where(fresh_k[:, None], tl.load(k_ptr + at, mask=(late & fresh_k)[:, None] & (channel < dim), other=0.0), k)
+        v = tl.where(fresh_v[:, None], tl.load(v_ptr + at, mask=(late & fresh_v)[:, None] & (channel < dim), other=0.0), v)
+        score = tl.where((token < length)[:, None], tl.dot(k, q, input_precision="ieee") * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 0))
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(score - pivot[None, :])
-        fade = tl.exp2(top - pivot)
+        p = tl.exp2(score - new_top[None, :])
+        fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 0)
         acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
         top = new_top
@@ -89,48 +97,58 @@ def _tiles(
 
 @triton.jit
 def _attend_splits(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, k_stop_ptr, v_stop_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, part_ptr, part_lse_ptr,
-    scale, table_stride, head_stride, kw_stride, ks_stride, vw_stride, vs_stride,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, k_stop_ptr, v_stop_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, k4_ptr, v4_ptr,
+    part_ptr, part_lse_ptr, scale, table_stride, head_stride, kw_stride, ks_stride, vw_stride, vs_stride,
     heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, page: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     KT: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VC: tl.constexpr,
-    COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, DIM: tl.constexpr, MIXED: tl.constexpr,
+    SLOTS: tl.constexpr, HEADS: tl.constexpr, FOURS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PACK: tl.constexpr, PURE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a split of the tiles of one (request, KV head). part [B * Hkv, splits, group, dim], part_lse in base 2."""
+    """One program: the end of one (request, KV head), or a split of its tiles of codes. part [B * Hkv, splits, group, dim], part_lse in base 2."""
     split, splits, unit = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     kv_heads: tl.constexpr = heads // group
     request, kv_head = unit // kv_heads, unit % kv_heads
     length = tl.load(lengths_ptr + request)
     k_stop = tl.minimum(tl.load(k_stop_ptr + request), length)
     v_stop = tl.minimum(tl.load(v_stop_ptr + request), length)
-    share = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
-    begin = split * share
-    end = tl.minimum(begin + share, length)
-    pure = tl.minimum(tl.minimum(k_stop, v_stop) // BLOCK * BLOCK, end)  # tiles up to here are of codes alone
-
-    column, channel = tl.arange(0, COLUMNS), tl.arange(0, DIM)
-    real = column < group
-    head = request * heads + kv_head * group + column
-    q = tl.load(q_ptr + head[None, :] * dim + channel[:, None], mask=real[None, :] & (channel < dim)[:, None], other=0.0)
-    top = tl.full([COLUMNS], float("-inf"), tl.float32)
-    total = tl.zeros([COLUMNS], tl.float32)
-    acc = tl.zeros([DIM, COLUMNS], tl.float32)
+    tiles = tl.minimum(k_stop, v_stop) // BLOCK  # those of codes alone
     far = unit.to(tl.int64)
-    base = kv_head * head_stride.to(tl.int64)
-    k, v, table = k_ptr + base, v_ptr + base, table_ptr + request * table_stride
-    kw, ks, kz = kw_ptr + far * kw_stride, ks_ptr + far * ks_stride, kz_ptr + far * ks_stride
-    vw, vs, vz = vw_ptr + far * vw_stride, vs_ptr + far * vs_stride, vz_ptr + far * vs_stride
-    top, total, acc = _tiles(
-        q, top, total, acc, k, v, table, kw, ks, kz, vw, vs, vz, begin, pure, length, k_stop, v_stop, scale,
-        dim, page, BITS, SYMMETRIC, KT, KC, VT, VC, DIM, BLOCK, STAGES, False,
-    )  # fmt: skip
-    top, total, acc = _tiles(
-        q, top, total, acc, k, v, table, kw, ks, kz, vw, vs, vz, tl.maximum(begin, pure), end, length, k_stop, v_stop, scale,
-        dim, page, BITS, SYMMETRIC, KT, KC, VT, VC, DIM, BLOCK, 1, True,
-    )  # fmt: skip
-    norm, lse = finish(top, total)
-    at = (unit * splits + split) * group + column
-    tl.store(part_lse_ptr + at, lse, mask=real)
-    tl.store(part_ptr + at[None, :] * dim + channel[:, None], acc / norm[None, :], mask=real[None, :] & (channel < dim)[:, None])
+    ks, kz, vs, vz = ks_ptr + far * ks_stride, kz_ptr + far * ks_stride, vs_ptr + far * vs_stride, vz_ptr + far * vs_stride
+    first_head = request * heads + kv_head * group
+    at = (unit * splits + split) * group
+    if split == 0:
+        column, channel = tl.arange(0, COLUMNS), tl.arange(0, DIM)
+        real = column < group
+        held = real[None, :] & (channel < dim)[:, None]
+        q = tl.load(q_ptr + (first_head + column)[None, :] * dim + channel[:, None], mask=held, other=0.0)
+        base = kv_head * head_stride.to(tl.int64)
+        end_top, end_total, acc = _mixed_tiles(
+            q, k_ptr + base, v_ptr + base, table_ptr + request * table_stride, kw_ptr + far * kw_stride, ks, kz, vw_ptr + far * vw_stride, vs, vz,
+            tiles * BLOCK, length, k_stop, v_stop, scale, dim, page, BITS, SYMMETRIC, KT, KC, VT, VC, COLUMNS, DIM, MIXED,
+        )  # fmt: skip
+        end_norm, end_lse = finish(end_top, end_total)
+        tl.store(part_lse_ptr + at + column, end_lse, mask=real)
+        tl.store(part_ptr + (at + column)[None, :] * dim + channel[:, None], acc / end_norm[None, :], mask=held)
+    else:
+        share = tl.cdiv(tiles, splits - 1)
+        begin = (split - 1) * share
+        per: tl.constexpr = 8 // BITS  # integers of four in a word
+        top, total, a, b, c, d = code_tiles(
+            q_ptr + first_head * dim, k4_ptr + far * kw_stride * per, ks, kz, v4_ptr + far * vw_stride * per, vs, vz,
+            begin * BLOCK, tl.minimum(begin + share, tiles) * BLOCK, scale,
+            group, dim, BITS, SYMMETRIC, KT, VC, SLOTS, HEADS, FOURS, BLOCK, STAGES, DTYPE, ASM, CONSTRAINTS, PACK, PURE,
+        )  # fmt: skip
+        norm, lse = finish(top, total)
+        head, four = tl.arange(0, HEADS), tl.arange(0, FOURS)
+        tl.store(part_lse_ptr + at + head, lse - BOOST, mask=head < group)
+        target = part_ptr + (at + head)[:, None] * dim + 4 * four[None, :]
+        inside = (head < group)[:, None] & (four < dim // 4)[None, :]
+        norm = norm[:, None]
+        tl.store(target, a / norm, mask=inside)
+        tl.store(target + 1, b / norm, mask=inside)
+        tl.store(target + 2, c / norm, mask=inside)
+        tl.store(target + 3, d / norm, mask=inside)
 
 
 @triton.jit
@@ -151,32 +169,75 @@ def _merge_splits(
     tl.store(out_ptr + row * dim + channel, tl.sum(part * weight[:, None], 0) / norm, mask=channel < dim)
 
 
+def _tuning(k: Codes, group: int, dim: int, half: bool) -> dict:
+    """Tile of codes: tokens, groups of tokens (slots) and heads per slot; pipeline stages, warps, most registers, programs per multiprocessor that
+    the splits of all (request, KV head) add up to, and see triton_codes for ``pure``."""
+    heads, tokens = triton.next_power_of_2(group), k.scheme.tokens
+    if k.scheme.symmetric:
+        slots, block = 1, 64 if half else 16
+    else:
+        slots = max(1, min(_ROWS // heads, _MOST_TOKENS // tokens)) if half else 1
+        block = slots * tokens
+    rows = max(slots * heads, _ROWS)
+    # As many registers as let three programs of four warps run at once, where that spills nothing.
+    few = half and not k.scheme.symmetric and rows == _ROWS and tokens <= _MOST_TOKENS // 4 and dim <= 128
+    return {
+        "slots": slots, "heads": rows // slots, "block": block, "stages": 3, "warps": 4, "registers": 168 if few else None,
+        "programs": 4 if k.scheme.symmetric else 3, "pure": k.scheme.symmetric,
+    }  # fmt: skip
+
+
+def _check(k: Codes, v: Codes, dim: int) -> None:
+    """The schemes are those that the kernel is made for; raises UnsupportedError in one line."""
+    one, other = k.scheme, v.scheme
+    if one.symmetric:
+        fits = one == other == Scheme(8, 1, dim, symmetric=True)
+    else:
+        sizes = (one.tokens, other.channels)
+        fits = one.bits == other.bits < 8 and not other.symmetric and (one.channels, other.tokens) == (1, 1)
+        fits = fits and all(size & (size - 1) == 0 and _LEAST_GROUP <= size <= _MOST_TOKENS for size in sizes)
+    if not fits:
+        raise UnsupportedError(
+            f"codes {one} and {other}: triton kernels take symmetric ones of 8 bits with a scale per token, or keys of 2 or 4 bits in groups of "
+            f"tokens and values in groups of channels, a power of two from {_LEAST_GROUP} to {_MOST_TOKENS} in a group"
+        )
+
+
 def attend_quantised(
-    q: torch.Tensor, cache: PagedKVCache, layer: int, k: Codes, v: Codes, k_stop: torch.Tensor, v_stop: torch.Tensor, scale: float
+    q: torch.Tensor, cache: PagedKVCache, layer: int, k: Codes, v: Codes, k_stop: torch.Tensor, v_stop: torch.Tensor, scale: float, **override
 ) -> State:
-    """See quantised.attend_quantised. Float32 out and lse; no host synchronisation."""
+    """See quantised.attend_quantised. Float32 out and lse; no host synchronisation. ``override``: see ``_tuning``."""
     keys, values = cache.keys(layer), cache.values(layer)
     check(q, cache, layer)
     batch, heads, dim = q.shape
+    _check(k, v, dim)
     kv_heads, _, page, _ = keys.shape
-    units, group = batch * kv_heads, heads // kv_heads
-    block = max(_BLOCK, k.scheme.tokens, v.scheme.tokens) if q.element_size() == 2 else max(16, k.scheme.tokens, v.scheme.tokens)
-    wanted = triton.cdiv(processors(q.device) * _PROGRAMS_PER_PROCESSOR, units)
-    splits = max(1, min(wanted, triton.cdiv(k.words.shape[2], block), _MAX_SPLITS))
+    units, group, bits = batch * kv_heads, heads // kv_heads, k.scheme.bits
+    half = q.element_size() == 2 and not INTERPRETED
+    knobs = _tuning(k, group, dim, half) | override
+    wanted = processors(q.device) * knobs["programs"] // units
+    splits = 1 + max(1, min(wanted, triton.cdiv(k.words.shape[2], knobs["block"]), _MAX_SPLITS))
     wide = triton.next_power_of_2(dim)
     part = torch.empty(units, splits, group, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(units, splits, group, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
+    bfloat = k.scheme.symmetric and q.dtype == torch.bfloat16
+    asm, constraints, pack = assembly(bits, bfloat) if half else (None, None, 1)
+    four = {2: torch.uint8, 4: torch.int16, 8: torch.int32}[bits]
     with on_device(q):
         _attend_splits[(splits, units)](
             q.contiguous(), keys, values, cache.block_table, cache.lengths, k_stop, v_stop,
             k.words, k.scale, k.zero if k.zero is not None else k.scale, v.words, v.scale, v.zero if v.zero is not None else v.scale,
-            part, part_lse, scale * LOG2E.value,
+            k.words.view(four), v.words.view(four), part, part_lse, scale * LOG2E.value,
             cache.block_table.stride(0), keys.stride(0), k.words.stride(1), k.scale.stride(1), v.words.stride(1), v.scale.stride(1),
-            heads=heads, group=group, dim=dim, page=page, BITS=k.scheme.bits, SYMMETRIC=k.scheme.symmetric,
+            heads=heads, group=group, dim=dim, page=page, BITS=bits, SYMMETRIC=k.scheme.symmetric,
             KT=k.scheme.tokens, KC=k.scheme.channels, VT=v.scheme.tokens, VC=v.scheme.channels,
-            COLUMNS=max(16, triton.next_power_of_2(group)), DIM=wide, BLOCK=block, STAGES=3, num_warps=4,
+            COLUMNS=max(16, triton.next_power_of_2(group)), DIM=wide, MIXED=_MIXED,
+            SLOTS=knobs["slots"], HEADS=knobs["heads"], FOURS=max(16, wide // 4), BLOCK=knobs["block"], STAGES=knobs["stages"],
+            DTYPE=tl.float32 if not half else tl.bfloat16 if bfloat else tl.float16, ASM=asm, CONSTRAINTS=constraints, PACK=pack,
+            PURE=knobs["pure"],
+            num_warps=knobs["warps"], maxnreg=knobs["registers"],
         )  # fmt: skip
         _merge_splits[(batch * heads,)](
             part, part_lse, out, lse, splits, group=group, dim=dim, DIM=wide, SPLITS=triton.next_power_of_2(splits), num_warps=4,

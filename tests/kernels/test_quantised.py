@@ -95,8 +95,24 @@ def restored(scheme, x):
     [([150, 33], [128, 32], [101, 7]), ([64, 96], [64, 96], [64, 96]), ([5, 0], [0, 0], [0, 0]), ([290, 131], [288, 128], [265, 130])],
 )
 def test_attention_equals_dequantised_in_float64(backend, schemes, lengths, k_stop, v_stop, dtype):
+    check_attention(backend, schemes, lengths, k_stop, v_stop, dtype, 2, 3, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("schemes", "kv_heads", "group", "dim"),
+    [
+        (kivi(2), 1, 8, 96), (kivi(2, 128), 1, 4, 128), (kivi(4, 64), 2, 1, 64), (kivi(4), 1, 20, 32),
+        ((Scheme(8, 1, 96, symmetric=True),) * 2, 2, 1, 96), ((Scheme(8, 1, 32, symmetric=True),) * 2, 1, 20, 32),
+    ],
+)  # fmt: skip
+def test_attention_over_many_tiles_of_codes(backend, schemes, kv_heads, group, dim, dtype):
+    """Heads that are padded, more of them than rows of a tile, groups as long as a tile, and shares without a tile."""
+    check_attention(backend, schemes, [421, 170], [384, 128], [420, 41], dtype, kv_heads, group, dim)
+
+
+def check_attention(backend, schemes, lengths, k_stop, v_stop, dtype, kv_heads, group, dim):
     torch.manual_seed(0)
-    kv_heads, group, dim = 2, 3, 64
     room = max(96, *lengths)
     k, v = (torch.randn(2, kv_heads, room, dim, device=DEVICE).to(dtype) for _ in range(2))
     q = torch.randn(2, kv_heads * group, dim, device=DEVICE).to(dtype)
@@ -138,6 +154,14 @@ def test_a_row_is_quantised_like_a_block(backend, scheme, dim, dtype):
             if getattr(got, name) is not None:
                 assert torch.equal(getattr(got, name)[b][:, rows], getattr(want, name)[b][:, rows]), name
     assert not got.words[0, :, 18:].any()
+
+
+def test_schemes_without_a_kernel_are_refused():
+    x = torch.randn(1, 1, 64, 64, device=DEVICE)
+    both = made((Scheme(8, 1, 32, symmetric=True),) * 2, x, x, 64)
+    stop = torch.tensor([64], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(UnsupportedError, match="symmetric ones of 8 bits with a scale per token"):
+        kernels("triton", DEVICE).attend_quantised(x[:, :, 0], filled_cache(x, x), 0, *both, stop, stop, 1.0)
 
 
 def test_sizes_that_do_not_pack_are_refused():

@@ -52,10 +52,10 @@ def main(arguments: list[str], at: Callable[[Path], None] = lambda run: None) ->
     """``at`` is told which run is being read."""
     target = HTML
     if "--html" in arguments:
-        at = arguments.index("--html")
-        if at + 1 == len(arguments):
+        option = arguments.index("--html")
+        if option + 1 == len(arguments):
             raise ConfigError("--html", "", "must name a file: --html report.html")
-        target, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+        target, arguments = Path(arguments[option + 1]), arguments[:option] + arguments[option + 2 :]
     if not arguments:
         raise ConfigError("RUN", "", "name a run folder: python -m macbench.report runs/ruler/smollm2/4096/mac-1a2b3c4d")
     for run in map(Path, arguments):

@@ -19,6 +19,7 @@ from macbench.methods import base
 from macbench.methods.base import Method
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
+from macbench.models import fused
 from macbench.models.adapter import attention_shape
 from macbench.output_error import Measured
 from tests.methods.cases import PROMPTS
@@ -26,6 +27,7 @@ from tests.methods.driver import Batch, Text
 from tests.models.tiny import tiny
 
 METHODS = sorted(Path(base.__file__).parent.glob("*.py"))
+KERNELS = Path(macbench_kernels.__file__).parent
 
 
 def stub(s) -> Kernels:
@@ -233,7 +235,7 @@ def test_waiting_calls_are_found_in_source():
     assert len(waiting_calls(ast.parse(code).body[0])) == 7
 
 
-@pytest.mark.parametrize("path", sorted(Path(macbench_kernels.__file__).parent.glob("triton_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("triton_*.py")), ids=lambda path: path.stem)
 def test_no_wrapper_of_a_kernel_waits(path):
     """None of them: a step may call each."""
     assert {name: waiting_calls(f) for name, f in functions(path).items() if waiting_calls(f)} == {}
@@ -242,9 +244,27 @@ def test_no_wrapper_of_a_kernel_waits(path):
 @pytest.mark.parametrize("path", [p for p in METHODS if "attend" in functions(p)], ids=lambda path: path.stem)
 def test_no_attend_waits(path):
     """Nor what it calls or reads of its own file, from function to function."""
-    own, reached, ahead = functions(path), set(), {"attend"}
+    assert waiting(path, "attend") == {}
+
+
+# What else a step on a GPU runs, which no CPU takes: file and functions.
+ON_A_GPU = [
+    (Path(fused.__file__), "step"), (KERNELS / "flashinfer_backend.py", "full"),
+    *[(KERNELS / "one_by_one.py", name) for name in ("attend", "full", "mac_step")],
+    (KERNELS / "ring.py", "only"), *[(KERNELS / "cache.py", name) for name in ("only", "advance")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "name"), ON_A_GPU, ids=lambda part: getattr(part, "stem", part))
+def test_no_step_on_a_gpu_waits(path, name):
+    assert waiting(path, name) == {}
+
+
+def waiting(path: Path, first: str) -> dict[str, list[str]]:
+    """Waiting calls of a function of a file and of all of the file that it reaches, by function."""
+    own, reached, ahead = functions(path), set(), {first}
     while ahead:
         reached |= ahead
         names = {getattr(n, "attr", getattr(n, "id", None)) for name in ahead for n in ast.walk(own[name])}
         ahead = (names & own.keys()) - reached
-    assert {name: waiting_calls(own[name]) for name in reached if waiting_calls(own[name]) and (path.stem, name) not in ALLOWED} == {}
+    return {name: waiting_calls(own[name]) for name in reached if waiting_calls(own[name]) and (path.stem, name) not in ALLOWED}

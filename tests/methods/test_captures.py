@@ -54,7 +54,7 @@ def stub(s) -> Kernels:
 
 
 class Watch(TorchDispatchMode):
-    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data.
+    """Writes down every operation with the shapes of its tensors and its numbers; raises at those that make the host wait or depend on data.
 
     What reaches no dispatcher, or looks like nothing on a CPU (``tolist``, ``numpy``, moves to the host), is replaced while it watches.
     """
@@ -94,7 +94,9 @@ class Watch(TorchDispatchMode):
             assert kwargs.get("output_size") is not None, f"{function} asks the device for the size of its result"
         if name in ("index", "index_put", "index_put_"):
             assert all(i is None or i.dtype is not torch.bool for i in args[1]), f"{function} with a mask"
-        self.log.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+        # Numbers, too: a graph replays those of its capture.
+        numbers = [a for a in args if isinstance(a, int | float)]
+        self.log.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor)), *numbers))
         return function(*args, **kwargs)
 
 
@@ -178,15 +180,19 @@ def test_a_measured_step_can_be_captured(case):
     assert all(log == logs[0] for log in logs)
 
 
+@pytest.mark.parametrize("groups", [((70, 40), (33, 80)), ((70,), (33,))], ids=["all", "one of two"])
 @pytest.mark.parametrize("make", [Full, lambda: MAC(window=16, band=8, min_context=0)], ids=["full", "mac"])
-def test_a_whole_decode_step_can_be_captured(make):
-    """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike."""
+def test_a_whole_decode_step_can_be_captured(make, groups):
+    """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike.
+
+    A request that does not grow writes to a spare page, which is not the same one each time.
+    """
     network = tiny("llama", torch.float32).cpu()
     engine = Engine(network, stub(replace(attention_shape(network), batch=2)), 128, page_size=4, batch=2)
     decoder = engine.decoder(make(), 2)
     logs = []
     with torch.inference_mode():
-        for lengths in ((70, 40), (33, 80)):
+        for lengths in groups:
             prompts = [engine.prefill(list(range(n)), 16) for n in lengths]
             decoder.start(prompts)
             for step in range(4):

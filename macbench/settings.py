@@ -67,8 +67,19 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "retry", "null, or failed: examples that ended with an error are made again", lambda v: v in (None, "failed"))
     share([], cfg.get("shard"))
     _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
+    _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
+    known = OmegaConf.load(cli.CONF / "config.yaml").engine
+    for key in cfg.engine:
+        if key not in known:  # as +engine.key=value makes it
+            raise ConfigError(f"engine.{key}", cfg.engine[key], f"no such key; must be one of {', '.join(known)}")
     for key in ("engine.graph", "engine.batch_invariant"):
         _expect(cfg, key, "true or false", lambda v: isinstance(v, bool))
+    if cfg.engine.batch_invariant and cfg.task.name not in SYNTHETIC and (cfg.batch or 1) > 1:
+        others = [name for name in (cfg.method.name, *_compared(cfg)) if name not in ("full", "mac")]
+        if others:
+            raise ConfigError(
+                "engine.batch_invariant", True, f"serves full attention and MAC, not {', '.join(others)}; leave it false or take batch=1"
+            )
     positive = isinstance(cfg.get("expect"), int) and not isinstance(cfg.expect, bool) and cfg.expect >= 1
     _expect(cfg, "expect", "null or an integer of at least 1", lambda v: v is None or positive)
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
@@ -79,7 +90,6 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))
     _expect(cfg, "backend", "auto, torch, triton or flashinfer", lambda v: isinstance(v, str))
     _expect(cfg, "grid", "parameters with lists of values: grid.tau=[0.3,0.45]", OmegaConf.is_dict)
-    _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
     for key in ("path", "gguf", "revision", "adapter", "adapter_sha256"):
         _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or isinstance(v, str))
 
@@ -96,6 +106,10 @@ def budgets(cfg: DictConfig) -> list:
     """The values of ``budget``, one, several or none."""
     value = cfg.get("budget")
     return [] if value is None else list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
+
+
+def _compared(cfg: DictConfig) -> list[str]:
+    return [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare)
 
 
 def _select(cfg: DictConfig, key: str) -> Any:
@@ -126,7 +140,7 @@ def build_variants(cfg: DictConfig) -> list[Variant]:
         chosen = dict(zip(grid, point, strict=True))
         label = " ".join(f"{key}={value}" for key, value in chosen.items())
         variants.append(Variant(cfg.method.name, label, build(OmegaConf.merge(cfg.method, chosen), "method", Method)))
-    compared = [cfg.compare] if isinstance(cfg.compare, str) else list(cfg.compare)
+    compared = _compared(cfg)
     if cfg.task.name == "fidelity":
         if cfg.method.name == "full" and not set(compared) - {"full"}:
             raise ConfigError("method", "full", "is what task=fidelity measures others against; name another method, or several in compare")

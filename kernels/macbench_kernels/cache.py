@@ -81,6 +81,7 @@ class PagedKVCache:
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.growing = torch.ones(batch, dtype=torch.int32, device=device)
             self.block_table = torch.zeros(batch, width or 1, dtype=torch.int32, device=device)
+            self._spare_page = torch.zeros((), dtype=torch.int32, device=device)  # a captured step reads it: the page changes with every use
         self._spare: int | None = None
         self._refresh_device()
 
@@ -186,13 +187,14 @@ class PagedKVCache:
         position = (self.lengths[:, None] - tokens + torch.arange(tokens, device=self.lengths.device)).clamp(min=0)
         page = self.block_table.gather(1, (position // self.page_size).long())
         if self._spare is not None:
-            page = torch.where(self.growing[:, None] > 0, page, self._spare)
+            page = torch.where(self.growing[:, None] > 0, page, self._spare_page)
         self.slots = (page * self.page_size + position % self.page_size).flatten().long()
 
     def activate(self, active: list[bool]) -> None:
         """Which requests grow from now on; needs a page to spare the first time that one does not."""
         if self._spare is None and not all(active):
             self._spare = self.pool.take()
+            self._spare_page.fill_(self._spare)
         if active != self.active:
             self.active = list(active)
             self.growing.copy_(torch.tensor(active, dtype=torch.int32))

@@ -41,6 +41,8 @@ def resolve(task: dict, method: dict, contexts: list[int], backend: str, device:
     """Arguments of ``measure``: the task's knobs, ring sizes, and the method's own knobs; a mistake is a ConfigError."""
     knobs = {key: _list(task[key]) for key in _LISTS} | {key: task[key] for key in _PLAIN}
     _check(knobs, method, task["window"])
+    if not contexts:
+        raise ConfigError("ctx", "[]", "must list at least one value")
     choose("device", device, ("cuda", "cpu"))
     if backend != "auto":
         knobs["backends"] = [choose("backend", backend, FULL_BACKENDS)]

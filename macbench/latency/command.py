@@ -31,6 +31,7 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
         knobs["backends"] = ["torch"]
     if backend != "auto":
         knobs["backends"] = [choose("backend", backend, BACKENDS)]
+    own = "auto" if backend == "flashinfer" else backend  # which has full attention alone
     mac = MAC(**{k: v for k, v in method.items() if k not in ("_target_", "name")}) if method["name"] == "mac" else None
     name, prompts = model["name"], None
     if model.get("random"):
@@ -42,7 +43,7 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
         if "real" in knobs["hit_rate"]:
             prompts = essays(chat, task["data_path"])
     rows = measure(
-        network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, seed=seed, **knobs,
+        network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, backend=own, seed=seed, **knobs,
         say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
     )  # fmt: skip
     print("\n".join([table.HEADER, *map(table.line, rows)]))
@@ -86,6 +87,7 @@ def check(task: dict, method: dict, model, contexts: list[int]) -> dict:
         ("task.modes", knobs["modes"]),
         ("task.backends", knobs["backends"]),
         ("batch", knobs["batch"]),
+        ("ctx", contexts),
     ):
         if not values:
             raise ConfigError(key, "[]", "must list at least one value")

@@ -167,7 +167,7 @@ TASK = {"batch": [1], "steps": 8, "hit_rate": [0], "misses": "random", "backends
 @pytest.mark.parametrize(
     ("key", "value"),
     [("steps", 1), ("steps", "x"), ("misses", "often"), ("modes", ["fast"]), ("backends", ["cuda"]), ("hit_rate", [2]), ("hit_rate", ["real"]),
-     ("batch", [0]), ("prefill", 3), ("max_gap", 0)],
+     ("batch", [0]), ("batch", []), ("prefill", 3), ("max_gap", 0)],
 )  # fmt: skip
 def test_wrong_input_names_the_key(key, value):
     with pytest.raises(ConfigError) as error:
@@ -221,6 +221,7 @@ GRID = {"ctx": [4096], "batch": [1], "steps": 8}
         (["random_llama31_8b", GRID | {"contexts": 5}], "grid=contexts: must be one of"),
         (["random_llama31_8b", GRID | {"batch": [0]}], "batch=0: must be an integer of at least 1"),
         (["random_llama31_8b", GRID | {"ctx": [131072]}], "ctx=131072: and the 26 decode steps after it must fit into the 131072 positions"),
+        (["random_llama31_8b", GRID | {"ctx": []}], "ctx=[]: must list at least one value"),
         (["random_llama31_8b", GRID | {"ctx": "32k"}], "ctx=32k: must be an integer of at least 1"),
         (["random_llama31_8b", GRID | {"ctx": [1000]}], "ctx=1000: is below method.min_context=2048"),
         (["random_llama31_8b", GRID | {"hit_rate": ["real"]}], "task.hit_rate=real: needs a model with real weights"),

@@ -19,6 +19,7 @@ from macbench.methods import base
 from macbench.methods.base import Method
 from macbench.methods.full import Full
 from macbench.methods.mac import MAC
+from macbench.models import fused
 from macbench.models.adapter import attention_shape
 from macbench.output_error import Measured
 from tests.methods.cases import PROMPTS
@@ -26,6 +27,7 @@ from tests.methods.driver import Batch, Text
 from tests.models.tiny import tiny
 
 METHODS = sorted(Path(base.__file__).parent.glob("*.py"))
+KERNELS = Path(macbench_kernels.__file__).parent
 
 
 def stub(s) -> Kernels:
@@ -52,7 +54,7 @@ def stub(s) -> Kernels:
 
 
 class Watch(TorchDispatchMode):
-    """Writes down every operation with the shapes of its tensors; raises at those that make the host wait or depend on data.
+    """Writes down every operation with the shapes of its tensors and its numbers; raises at those that make the host wait or depend on data.
 
     What reaches no dispatcher, or looks like nothing on a CPU (``tolist``, ``numpy``, moves to the host), is replaced while it watches.
     """
@@ -92,7 +94,9 @@ class Watch(TorchDispatchMode):
             assert kwargs.get("output_size") is not None, f"{function} asks the device for the size of its result"
         if name in ("index", "index_put", "index_put_"):
             assert all(i is None or i.dtype is not torch.bool for i in args[1]), f"{function} with a mask"
-        self.log.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+        # Numbers, too: a graph replays those of its capture.
+        numbers = [a for a in args if isinstance(a, int | float)]
+        self.log.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor)), *numbers))
         return function(*args, **kwargs)
 
 
@@ -176,15 +180,19 @@ def test_a_measured_step_can_be_captured(case):
     assert all(log == logs[0] for log in logs)
 
 
+@pytest.mark.parametrize("groups", [((70, 40), (33, 80)), ((70,), (33,))], ids=["all", "one of two"])
 @pytest.mark.parametrize("make", [Full, lambda: MAC(window=16, band=8, min_context=0)], ids=["full", "mac"])
-def test_a_whole_decode_step_can_be_captured(make):
-    """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike."""
+def test_a_whole_decode_step_can_be_captured(make, groups):
+    """From token to token: positions and pages, the model's layers, the method, the greedy choice and the ledger, for other lengths alike.
+
+    A request that does not grow writes to a spare page, which is not the same one each time.
+    """
     network = tiny("llama", torch.float32).cpu()
     engine = Engine(network, stub(replace(attention_shape(network), batch=2)), 128, page_size=4, batch=2)
     decoder = engine.decoder(make(), 2)
     logs = []
     with torch.inference_mode():
-        for lengths in ((70, 40), (33, 80)):
+        for lengths in groups:
             prompts = [engine.prefill(list(range(n)), 16) for n in lengths]
             decoder.start(prompts)
             for step in range(4):
@@ -233,7 +241,7 @@ def test_waiting_calls_are_found_in_source():
     assert len(waiting_calls(ast.parse(code).body[0])) == 7
 
 
-@pytest.mark.parametrize("path", sorted(Path(macbench_kernels.__file__).parent.glob("triton_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("triton_*.py")), ids=lambda path: path.stem)
 def test_no_wrapper_of_a_kernel_waits(path):
     """None of them: a step may call each."""
     assert {name: waiting_calls(f) for name, f in functions(path).items() if waiting_calls(f)} == {}
@@ -242,9 +250,27 @@ def test_no_wrapper_of_a_kernel_waits(path):
 @pytest.mark.parametrize("path", [p for p in METHODS if "attend" in functions(p)], ids=lambda path: path.stem)
 def test_no_attend_waits(path):
     """Nor what it calls or reads of its own file, from function to function."""
-    own, reached, ahead = functions(path), set(), {"attend"}
+    assert waiting(path, "attend") == {}
+
+
+# What else a step on a GPU runs, which no CPU takes: file and functions.
+ON_A_GPU = [
+    (Path(fused.__file__), "step"), (KERNELS / "flashinfer_backend.py", "full"),
+    *[(KERNELS / "one_by_one.py", name) for name in ("attend", "full", "mac_step")],
+    (KERNELS / "ring.py", "only"), *[(KERNELS / "cache.py", name) for name in ("only", "advance")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "name"), ON_A_GPU, ids=lambda part: getattr(part, "stem", part))
+def test_no_step_on_a_gpu_waits(path, name):
+    assert waiting(path, name) == {}
+
+
+def waiting(path: Path, first: str) -> dict[str, list[str]]:
+    """Waiting calls of a function of a file and of all of the file that it reaches, by function."""
+    own, reached, ahead = functions(path), set(), {first}
     while ahead:
         reached |= ahead
         names = {getattr(n, "attr", getattr(n, "id", None)) for name in ahead for n in ast.walk(own[name])}
         ahead = (names & own.keys()) - reached
-    assert {name: waiting_calls(own[name]) for name in reached if waiting_calls(own[name]) and (path.stem, name) not in ALLOWED} == {}
+    return {name: waiting_calls(own[name]) for name in reached if waiting_calls(own[name]) and (path.stem, name) not in ALLOWED}

@@ -25,9 +25,9 @@ def network():
 
 def test_all_ways_write_the_same_and_gaps_are_those_of_the_logits(network):
     methods = {"full": Full(), "mac": Watched(min_context=0, window=16, band=8)}
-    rows = same_tokens.compare(network, PROMPTS, methods, 6, 64, 2, kernels("auto", DEVICE), WAYS)
+    rows = same_tokens.compare(network, PROMPTS, methods, [8, 6, 7], 64, 2, kernels("auto", DEVICE), WAYS)
     assert [(r["method"], r["way"], r["prompt"]) for r in rows] == [(m, way, i) for m in methods for way in WAYS for i in range(3)]
-    assert all(r["same"] and r["first_differing"] is None and r["new_tokens"] == 6 and len(r["differences"]) == 6 for r in rows)
+    assert all(r["same"] and r["first_differing"] is None and r["new_tokens"] == len(r["differences"]) == (8, 6, 7)[r["prompt"]] for r in rows)
     assert all(r["differences"][0] == 0 and max(r["differences"]) < 1e-3 for r in rows)  # a prompt's logits are the same ones
     assert all(r["first_other_match"] is None for r in rows)
     ids = list(PROMPTS[1])
@@ -47,13 +47,13 @@ def test_what_heads_matched_is_what_was_counted(network, monkeypatch):
     monkeypatch.setattr(Engine, "decode_batch", lambda *args, **options: counted.append(decode(*args, **options)) or counted[-1])
     method = Watched(min_context=0, window=16, band=8, tau=1.0)
     with torch.inference_mode():
-        made = decoded(network, PROMPTS, method, 12, 64, 3, False, False, kernels("auto", DEVICE))
+        made = decoded(network, PROMPTS, method, [12, 11, 12], 64, 3, False, False, kernels("auto", DEVICE))
     for i, steps in enumerate(made):
         hit = steps.sources >= 0
         assert torch.equal(hit.sum(-1).cpu(), torch.tensor(counted[0][i].counts["hits"][..., 0]))
         assert torch.equal(hit, steps.distances < steps.radius) and 0 < hit.sum() < hit.numel()
         assert torch.equal(steps.logits.argmax(1).cpu(), torch.tensor(steps.tokens))
-        position = len(PROMPTS[i]) + torch.arange(11, device=DEVICE)[:, None, None]
+        position = len(PROMPTS[i]) + torch.arange(len(steps.tokens) - 1, device=DEVICE)[:, None, None]
         assert (steps.sources < position).all() and (steps.sources[hit] >= 8).all()
 
 
@@ -72,7 +72,7 @@ def test_the_first_token_that_differs_and_what_explains_it(monkeypatch, tmp_path
         return [one, off if size == 16 and graph and not invariant else two]
 
     monkeypatch.setattr(same_tokens, "decoded", texts)
-    rows = same_tokens.compare(None, PROMPTS[:2], {"mac": None}, 4, 64, 16, None)
+    rows = same_tokens.compare(None, PROMPTS[:2], {"mac": None}, [2, 4], 64, 16, None)
     assert [r["same"] for r in rows] == [True] * 7 + [False] + [True] * 2
     last = rows[7]
     assert (last["way"], last["batch"], last["graph"], rows[9]["invariant"]) == ("batch, graph", 16, True, True)

@@ -2,6 +2,7 @@
 
 python -m macbench.bench.same_tokens [prompts=16] [new_tokens=64] [ctx=4096] [device=cuda] [dtype=auto] [batch=16] [gguf=FILE] [out=FILE.parquet]
 
+The first prompt gets the longest text and the last one the shortest, of ``new_tokens``, so that a batch has requests that have ended beside others.
 Each way is compared with batch 1, eager. Until the first token that differs both were given the same tokens, so their logits can be compared
 there: how far apart they are at every step, and whether a difference as large as those before it is enough to turn the two best
 around. dtype=float32 makes roundings 2^16 times smaller. "batch, invariant" is a batch whose attention goes request by request
@@ -28,6 +29,7 @@ DEFAULTS = OmegaConf.create(
         "gguf": None, "out": None,
     }
 )  # fmt: skip
+_APART = 2  # tokens from the end of one text to that of the next
 _LEAST = {"prompts": 1, "new_tokens": 2, "ctx": 64, "batch": 2}
 _TYPES = {
     "method": pa.string(), "way": pa.string(), "batch": pa.int64(), "graph": pa.bool_(), "invariant": pa.bool_(), "prompt": pa.int64(),
@@ -43,7 +45,7 @@ WAYS = {
 }  # fmt: skip
 
 
-def compare(network, prompts: list[list[int]], methods: dict, new_tokens: int, ctx: int, batch: int, layer_kernels, ways=tuple(WAYS)) -> list[dict]:
+def compare(network, prompts: list[list[int]], methods: dict, new_tokens: list[int], ctx: int, batch: int, layer_kernels, ways=tuple(WAYS)) -> list[dict]:
     """A row per method, way and prompt (see ``SCHEMA``), in that order.
 
     ``first_differing``: index of the first generated token that is not that of batch 1, eager; None if all are the same. ``gap``: between the two
@@ -186,15 +188,19 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     tasks = ("niah_single_1", "niah_multikey_2", "vt", "cwe")
     ruler = Ruler(chat, config.ctx, subtasks=list(tasks))
-    prompts = [ruler.example(tasks[i % 4], i // 4).input_ids[: config.ctx - config.new_tokens] for i in range(config.prompts)]
+    new_tokens = [config.new_tokens + _APART * i for i in reversed(range(config.prompts))]
+    longest = new_tokens[0]
+    if longest >= config.ctx:
+        raise ConfigError("prompts", config.prompts, f"makes the first text {longest} tokens long, which must be less than ctx={config.ctx}")
+    prompts = [ruler.example(tasks[i % 4], i // 4).input_ids[: config.ctx - longest] for i in range(config.prompts)]
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-    print(f"{len(prompts)} prompts, {config.new_tokens} greedy tokens, ctx {config.ctx}, {dtype}, {device}")
+    print(f"{len(prompts)} prompts, {config.new_tokens} to {longest} greedy tokens, ctx {config.ctx}, {dtype}, {device}")
     ways = [way for way, (*_, invariant) in WAYS.items() if not invariant or (device == "cuda" and config.batch <= 16)]
     known = {"model": "smollm2", "dtype": dtype, "ctx": config.ctx, "prompts": "RULER: " + ", ".join(tasks)}
     rows: list[dict] = []
     for name, method in {"full": Full(), "mac": Watched()}.items():
         if name in config.methods:
-            rows += compare(network, prompts, {name: method}, config.new_tokens, config.ctx, config.batch, layer_kernels, ways)
+            rows += compare(network, prompts, {name: method}, new_tokens, config.ctx, config.batch, layer_kernels, ways)
             print("\n".join(told(rows, name)), flush=True)
             if target is not None:
                 table.write(rows, target, facts(device, "macbench.bench.same_tokens") | known, SCHEMA)

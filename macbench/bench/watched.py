@@ -44,9 +44,9 @@ class Watched(MAC):
 
 
 def decoded(
-    network, prompts: list[list[int]], method, new_tokens: int, ctx: int, size: int, graph: bool, invariant: bool, layer_kernels
+    network, prompts: list[list[int]], method, new_tokens: list[int], ctx: int, size: int, graph: bool, invariant: bool, layer_kernels
 ) -> list[Steps]:
-    """Every prompt continued by ``new_tokens`` tokens, ``size`` of them in step."""
+    """Every prompt continued by its number of ``new_tokens``, ``size`` of them in step."""
     engine = Engine(network, layer_kernels, ctx, batch=size, graph=graph, batch_invariant=invariant)
     made = []
     for start in range(0, len(prompts), size):
@@ -58,11 +58,13 @@ def decoded(
             if isinstance(method, Watched):
                 matches.append((method.sources.clone(), method.distances.clone()))
 
-        done = engine.decode_batch([Request(p, new_tokens) for p in ready], method, watch=watch)
+        requests = [Request(p, n) for p, n in zip(ready, new_tokens[start : start + size], strict=True)]
+        done = engine.decode_batch(requests, method, watch=watch)
         parts = [torch.stack(part, 2).permute(1, 2, 0, 3) for part in zip(*matches, strict=True)]  # [B, steps, layers, Hq]
         for i, generation in enumerate(done):
-            own = (*(part[i] for part in parts), method.params.radius) if parts else ()
-            made.append(Steps(generation.tokens, torch.stack([step[i] for step in logits]), *own))
+            n = len(generation.tokens)  # the batch may have gone on
+            own = (*(part[i, : n - 1] for part in parts), method.params.radius) if parts else ()
+            made.append(Steps(generation.tokens, torch.stack([step[i] for step in logits[:n]]), *own))
         for prompt in ready:
             prompt.free()
     return made

@@ -174,16 +174,17 @@ def _tuning(k: Codes, group: int, dim: int, half: bool) -> dict:
     the splits of all (request, KV head) add up to, and see triton_codes for ``pure``."""
     heads, tokens = triton.next_power_of_2(group), k.scheme.tokens
     if k.scheme.symmetric:
-        slots, block = 1, 64 if half else 16
+        slots, block = 1, 128 if half else 16
     else:
         slots = max(1, min(_ROWS // heads, _MOST_TOKENS // tokens)) if half else 1
         block = slots * tokens
     rows = max(slots * heads, _ROWS)
-    # As many registers as let three programs of four warps run at once, where that spills nothing.
+    # As many registers as let three programs of four warps run at once, or four, where that spills nothing.
     few = half and not k.scheme.symmetric and rows == _ROWS and tokens <= _MOST_TOKENS // 4 and dim <= 128
+    two = k.scheme.bits == 2
     return {
-        "slots": slots, "heads": rows // slots, "block": block, "stages": 3, "warps": 4, "registers": 168 if few else None,
-        "programs": 4 if k.scheme.symmetric else 3, "pure": k.scheme.symmetric,
+        "slots": slots, "heads": rows // slots, "block": block, "stages": 3 if k.scheme.symmetric else 2, "warps": 4,
+        "registers": (128 if two else 168) if few else None, "programs": 6 if k.scheme.symmetric else 8 if two else 3, "pure": k.scheme.symmetric,
     }  # fmt: skip
 
 

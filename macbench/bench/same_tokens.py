@@ -45,7 +45,9 @@ WAYS = {
 }  # fmt: skip
 
 
-def compare(network, prompts: list[list[int]], methods: dict, new_tokens: list[int], ctx: int, batch: int, layer_kernels, ways=tuple(WAYS)) -> list[dict]:
+def compare(
+    network, prompts: list[list[int]], methods: dict, new_tokens: list[int], ctx: int, batch: int, layer_kernels, ways=tuple(WAYS)
+) -> list[dict]:
     """A row per method, way and prompt (see ``SCHEMA``), in that order.
 
     ``first_differing``: index of the first generated token that is not that of batch 1, eager; None if all are the same. ``gap``: between the two

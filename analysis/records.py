@@ -1,6 +1,7 @@
 """What there is to draw: every record below some folders, and one clear line about whatever a figure does not find."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,8 @@ NEEDED = [
     "kl_mean",
     "error",
 ]
+# Commits of recorded runs whose captured batches let requests that had ended write into a page of another one.
+SPARE = ("2771c410", "1d18d7ef")
 
 
 class Missing(Exception):
@@ -63,6 +66,15 @@ class Source:
     @property
     def commit(self) -> str:
         return ((self.facts.get("git") or {}).get("commit") or "unknown")[:8]
+
+    @property
+    def spare(self) -> str:
+        """'' or, of a run that may have the mistake with spare pages (README.md), a few words that say so."""
+        config = self.path / "config.yaml"
+        if self.commit not in SPARE or "NVIDIA" not in self.device or not config.is_file():
+            return ""
+        batch = re.search(r"^batch: (\d+)", config.read_text(errors="replace"), re.MULTILINE)
+        return "decoded in batches before a mistake with requests that had ended was mended" if batch and int(batch[1]) > 1 else ""
 
 
 def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:

@@ -93,3 +93,19 @@ def test_questions_outside_of_the_prefill_are_another_protocol():
     assert "Questions are not in the prefill" in asked["question not in prefill"] and "Questions" not in asked[""]
     numbers, _, _ = table1.compared(Both(4096))
     assert table1.shown(numbers).benchmark.tolist() == ["ruler 4K", "ruler 4K, question not in prefill"]
+
+
+@pytest.mark.parametrize(
+    ("commit", "device", "batch", "said"),
+    [
+        ("2771c410cc45", "NVIDIA H200", 10, True),
+        ("2771c410cc45", "NVIDIA H200", 1, False),
+        ("2771c410cc45", "NVIDIA H200", "null", False),
+        ("2771c410cc45", "cpu (2 threads)", 10, False),
+        ("8852f77aaaaa", "NVIDIA H200", 10, False),
+    ],
+)
+def test_captions_say_which_batches_had_a_mistake(commit, device, batch, said, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"model: tiny\nbatch: {batch}\nengine:\n  graph: true\n")
+    text = style.made([style.Source(tmp_path, {"git": {"commit": commit}, "device": device})] * 2, "made")
+    assert text.count("Decoded in batches before a mistake with requests that had ended was mended (README).") == said

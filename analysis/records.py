@@ -65,13 +65,14 @@ class Source:
 
     @property
     def commit(self) -> str:
-        return ((self.facts.get("git") or {}).get("commit") or "unknown")[:8]
+        git = self.facts.get("git") or {}
+        return (git.get("commit") or "unknown")[:8] + (" with changes" if git.get("dirty") else "")
 
     @property
     def spare(self) -> str:
         """'' or, of a run that may have the mistake with spare pages (README.md), a few words that say so."""
         config = self.path / "config.yaml"
-        if self.commit not in SPARE or "NVIDIA" not in self.device or not config.is_file():
+        if self.commit[:8] not in SPARE or "NVIDIA" not in self.device or not config.is_file():
             return ""
         batch = re.search(r"^batch: (\d+)", config.read_text(errors="replace"), re.MULTILINE)
         return "decoded in batches before a mistake with requests that had ended was mended" if batch and int(batch[1]) > 1 else ""

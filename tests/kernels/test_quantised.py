@@ -73,7 +73,7 @@ def made(schemes, k, v, room):
 
 def nearest(quotient, stored):
     """Rounded half to even; where a rounding in float32 may lead to the other neighbour, the stored code counts if it is one of the two."""
-    near = (quotient % 1 - 0.5).abs() < 1e-5  # the last digit of a float32 between 64 and 128 is 7.6e-6
+    near = (quotient % 1 - 0.5).abs() < 3e-5  # the last digit of a float32 between 64 and 128 is 7.6e-6, and the scale has one, too
     return torch.where(near, stored.double().clamp(quotient.floor(), quotient.ceil()), quotient.round())
 
 

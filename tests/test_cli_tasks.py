@@ -1,6 +1,7 @@
 """Runs of LongBench v2 and LongGenBench from the command line, and judging them again. A tiny random model stands in for a real one."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -57,14 +58,16 @@ def test_longbench_v2(macbench, base, tmp_path):  # noqa: F811
     assert macbench(*args, "limit=100")[1] == out
 
 
-def test_chain_of_thought_takes_two_calls_per_method(macbench, base, tmp_path, monkeypatch):  # noqa: F811
+def test_chain_of_thought_takes_two_calls_per_method(macbench, base, tiny_model, tmp_path, monkeypatch):  # noqa: F811
     from macbench.tasks.longbench_v2 import protocol
 
     monkeypatch.setitem(protocol.MAX_NEW_TOKENS, "cot", 30)
     monkeypatch.setitem(protocol.MAX_NEW_TOKENS, "cot_answer", 10)
     folder = longbench_v2_data.folder(tmp_path)
-    args = [*base, *MAC, "task=longbench_v2", "task.subtasks=[cot]", "task.temperature=0.1", f"task.data_path={folder}", "ctx=500", "limit=1"]
-    code, _, err = macbench(*args)
+    endless = shutil.copytree(tiny_model, tmp_path / "endless")  # the other one's answers end at every sixteenth token of the vocabulary
+    (endless / "generation_config.json").write_text("{}")
+    args = [*base, f"model.path={endless}", *MAC, "task=longbench_v2", "task.subtasks=[cot]", "task.temperature=0.1", f"task.data_path={folder}"]
+    code, _, err = macbench(*args, "ctx=500", "limit=1")
     assert code == 0, err
     frame = samples(tmp_path)
     assert (frame.new_tokens == 40).all() and (frame.decode_steps == 29 + 9).all()

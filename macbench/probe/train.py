@@ -1,7 +1,7 @@
 """Train the adapter of smollm2_128k on one GPU, or on several.
 
-    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --seconds 1140 --accumulate 2 --out runs/probe
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m macbench.probe.train --text ... --seconds 570
+    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --accumulate 2 --seconds 450 --out runs/probe
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m macbench.probe.train --text ... --seconds 225
 
 A step is the mean of ``--accumulate`` parts, which the processes share out. So the two commands do the same steps, up to the order of sums.
 The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of

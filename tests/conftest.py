@@ -14,6 +14,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 from macbench_kernels import PagedKVCache, PagePool
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import patch_once
+
+    patch_once()
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
 # What kernels are tested in; half precision under the interpreter would show nothing of a GPU's.

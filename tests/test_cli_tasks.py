@@ -1,13 +1,17 @@
 """Runs of LongBench v2 and LongGenBench from the command line, and judging them again. A tiny random model stands in for a real one."""
 
+import io
 import json
+import shutil
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from macbench import judge as judge_module
+from macbench import run as run_module
 from macbench.engine import Engine
 from macbench.models.weights import load
 from tests.tasks import longbench_v2_data, longgenbench_data
@@ -57,14 +61,16 @@ def test_longbench_v2(macbench, base, tmp_path):  # noqa: F811
     assert macbench(*args, "limit=100")[1] == out
 
 
-def test_chain_of_thought_takes_two_calls_per_method(macbench, base, tmp_path, monkeypatch):  # noqa: F811
+def test_chain_of_thought_takes_two_calls_per_method(macbench, base, tiny_model, tmp_path, monkeypatch):  # noqa: F811
     from macbench.tasks.longbench_v2 import protocol
 
     monkeypatch.setitem(protocol.MAX_NEW_TOKENS, "cot", 30)
     monkeypatch.setitem(protocol.MAX_NEW_TOKENS, "cot_answer", 10)
     folder = longbench_v2_data.folder(tmp_path)
-    args = [*base, *MAC, "task=longbench_v2", "task.subtasks=[cot]", "task.temperature=0.1", f"task.data_path={folder}", "ctx=500", "limit=1"]
-    code, _, err = macbench(*args)
+    endless = shutil.copytree(tiny_model, tmp_path / "endless")  # the other one's answers end at every sixteenth token of the vocabulary
+    (endless / "generation_config.json").write_text("{}")
+    args = [*base, f"model.path={endless}", *MAC, "task=longbench_v2", "task.subtasks=[cot]", "task.temperature=0.1", f"task.data_path={folder}"]
+    code, _, err = macbench(*args, "ctx=500", "limit=1")
     assert code == 0, err
     frame = samples(tmp_path)
     assert (frame.new_tokens == 40).all() and (frame.decode_steps == 29 + 9).all()
@@ -73,14 +79,27 @@ def test_chain_of_thought_takes_two_calls_per_method(macbench, base, tmp_path, m
     assert steps.groupby("method").tokens_log_full.sum().to_dict() == frame.set_index("method").tokens_log_full.to_dict()
 
 
+@pytest.fixture(scope="module")
+def long_run_made(tiny_model, tmp_path_factory):  # noqa: F811
+    """A judged run of LongGenBench: (its folder, its arguments, stdout, stderr)."""
+    place = tmp_path_factory.mktemp("long_run")
+    fixed = [f"model.path={tiny_model}", f"runs_dir={place / 'runs'}", "logger=none", "device=cpu", "ctx=400", "limit=1"]
+    args = [*fixed, *MAC, "task=longgenbench", f"task.data_path={longgenbench_data.write(place)}", "task.max_new_tokens=60"]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["macbench", *args])
+        run_module.main()
+    (run,) = (place / "runs" / "longgenbench_16k").glob("tiny-llama*/400/mac-*")
+    return run, args, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture
-def long_run(macbench, base, tmp_path):  # noqa: F811
-    folder = longgenbench_data.write(tmp_path)
-    args = [*base, *MAC, "task=longgenbench", f"task.data_path={folder}", "task.max_new_tokens=60", "ctx=400", "limit=1"]
-    code, out, err = macbench(*args)
-    assert code == 0, err
-    (run,) = (tmp_path / "runs" / "longgenbench_16k").glob("tiny-llama*/400/mac-*")
-    return run, args, out, err
+def long_run(long_run_made, tmp_path):
+    """The same as a copy of one's own."""
+    made, args, out, err = long_run_made
+    runs = made.parents[3]
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs" / made.relative_to(runs), [a.replace(str(runs), str(tmp_path / "runs")) for a in args], out, err
 
 
 def test_longgenbench_is_judged_at_the_end_and_again_without_generating(long_run, rejudge, monkeypatch):

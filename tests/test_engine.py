@@ -18,8 +18,7 @@ NEW_TOKENS = 12
 CASES = [
     ("niah_single_1", 1024),
     ("fwe", 1536),
-    ("niah_single_1", 2048),
-    ("vt", 3072),
+    ("vt", 2560),
 ]
 
 

@@ -26,7 +26,7 @@ from macbench.probe.steps import answer_loss
 from macbench.probe.train import base_spec
 
 SEED = 10**9  # of the held-out sequences
-SHORT_ONLY = ("cwe", "fwe")  # not trained above 32K
+SHORT_ONLY = ("cwe", "fwe")  # hardly trained above 32K
 LONG = 32768
 
 

@@ -1,12 +1,13 @@
 """Train the adapter of smollm2_128k on one GPU, or on several.
 
-    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --seconds 1140 --accumulate 2 --out runs/probe
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m macbench.probe.train --text ... --seconds 570
+    python -m macbench.probe.train --text kjv.txt austen.txt jargon.txt devil.txt --accumulate 2 --seconds 450 --out runs/probe
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m macbench.probe.train --text ... --seconds 225
 
 A step is the mean of ``--accumulate`` parts, which the processes share out. So the two commands do the same steps, up to the order of sums.
 The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of
-the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step) and checkpoint.safetensors
-(float32 terms and moments), from which ``--resume`` goes on, also after Ctrl-C or SIGTERM, which end the run after the step in hand.
+the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step), answers.jsonl (right
+answers by length and family, see macbench.probe.learnt) and checkpoint.safetensors (float32 terms and moments), from which ``--resume``
+goes on, also after Ctrl-C or SIGTERM, which end the run after the step in hand.
 ``--init`` starts from an adapter instead, with fresh moments.
 """
 
@@ -116,7 +117,7 @@ def train(probe: Probe, header: lora.Header, stream: Stream, group: Group, args:
         place = checkpoint.load(out / "checkpoint.safetensors", weights, optimiser)
         lengths.restore(place.plan)
     clock = Clock(args, place, started)
-    report = Report(out / "log.jsonl", FAMILIES, append=args.resume) if group.leads else None
+    report = Report(out, FAMILIES, append=args.resume) if group.leads else None
     saved, asked, plans = monotonic(), place.step, {}
     with ended_by_signals(clock):
         while True:

@@ -5,7 +5,6 @@ the name is the hash of what is measured: the same configuration, protocol, data
 that both have stays as TARGET has it, unless only SOURCE finished it without an error. Sources are read, never changed.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
+from macbench.untrusted import bounded, document
 
 # Of the example rows that both runs have; times differ.
 _SAME = ["text", "decode_steps", "tokens_log", "bytes_kv"]
@@ -56,7 +56,7 @@ def merge(source: Path, target: Path) -> dict[str, int]:
             leases.release(path.stem)
     for name in ("config.yaml", "environment.json"):
         if not (target / name).exists():
-            directory.write_text(name, (source / name).read_text())
+            directory.write_text(name, bounded(source / name))
     wanted = [asked.read(run) for run in (source, target) if (run / asked.FILE).exists()]
     if wanted:
         most = {subtask: max(w.examples.get(subtask, 0) for w in wanted) for subtask in wanted[0].examples}
@@ -75,7 +75,7 @@ def summary(run: Path) -> pd.DataFrame:
 
 def _environment(run: Path) -> dict:
     try:
-        found = json.loads((run / "environment.json").read_text())
+        found = document(run / "environment.json")
         return found | {"identity": dict(found["identity"]), "protocol": dict(found["protocol"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError("RUN", run, f"has no environment.json that says what it measures ({one_line(error)})") from None

@@ -42,7 +42,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
         with tempfile.TemporaryDirectory() as scratch:
             made = answers(engine, model, plan.task, plan.variants, group, Path(scratch), lambda stage: lambda tokens: None)
         for example, answered in zip(group, made, strict=True):
-            again = pd.DataFrame(runner.records(engine, plan.task, plan.variants, example, answered, run.name)["samples"])
+            again = pd.DataFrame(runner.records(engine.ctx, plan.task, plan.variants, example, answered, run.name)["samples"])
             mine = samples[(samples.subtask == example.subtask) & (samples.example_id == example.example_id)]
             found.wrong += _differences(mine, again)
     if chosen:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from macbench import environment, merge, pack, status, verify
 from macbench import run as run_module
+from macbench.errors import ConfigError
 from macbench.leases import Leases
 from macbench.models import fingerprint
 from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
@@ -208,6 +210,43 @@ def test_status_counts_what_is_done_failed_running_and_missing(run, tool):
     assert code == 0 and run.name in out
     worker.close()
     assert status.status(run)["running"] == 0 and status.status(run)["per hour"] == "-"
+
+
+def test_what_others_wrote_commands_no_terminal(run, tool):
+    worker = run / "leases" / "worker-0123456789ab"
+    worker.parent.mkdir()
+    worker.write_text('0\n{"host": "\\u001b[31mred\\n' + "x" * 1000 + '", "pid": 1}\n')
+    (run / "leases" / f"{part_name('niah_single_1', '0')}.0").symlink_to(worker.name)
+    code, out, _ = tool(status, run)
+    assert code == 0 and "red" in out and "\x1b" not in out and max(map(len, out.splitlines())) < 600 and len(out.splitlines()) == 2
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(error="\x1b[31mred\nline"))
+    code, out, _ = tool(verify, run, "examples=0")
+    assert code == 1 and "[31mred line" in out and "\x1b" not in out
+
+
+def test_a_configuration_with_a_value_missing_is_one_line(run, tool):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"(?m)^seed: .*", "seed: ???", text))
+    code, _, err = tool(verify, run, "examples=1", "device=cpu")
+    assert code == 2 and err.count("\n") == 1 and "seed" in err
+
+
+@pytest.mark.parametrize("table", ["samples", "steps", "layers"])
+def test_a_flipped_bit_is_no_other_number(run, table):
+    """What is read of a run is what was written, or the part is named."""
+    part = first(run, table)
+    whole, before = part.read_bytes(), read_table(run, table)
+    told = 0
+    for place in range(0, len(whole), len(whole) // 150):
+        content = bytearray(whole)
+        content[place] ^= 0x80
+        part.write_bytes(content)
+        try:
+            pd.testing.assert_frame_equal(read_table(run, table, complete=True), before)
+        except ConfigError as error:
+            told += 1
+            assert part.name in str(error)
+    assert told > 50
 
 
 def test_status_goes_on_past_a_damaged_run(run, tool):

@@ -29,6 +29,15 @@ def redact(text: str) -> str:
     return text
 
 
+def within(value: object) -> object:
+    """Lists and dictionaries with every text in them redacted: before a format that breaks lines or doubles quotes makes secrets look otherwise."""
+    if isinstance(value, dict):
+        return {key: within(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [within(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def by_name(override: str) -> str:
     """An override of the command line with every secret replaced by a reference to its variable, so that files of a sweep hold no value."""
     key, equals, rest = override.partition("=")

@@ -1,6 +1,7 @@
 """Input that somebody else wrote: models, data, run folders, half random. One line or a result, never a traceback, a hang or a leak."""
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -15,7 +16,7 @@ from gguf import GGUFWriter
 from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
-from macbench import asked, cli, report
+from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
 from macbench.models import gguf_header
@@ -74,6 +75,14 @@ def test_names_of_secrets(monkeypatch, name):
     for spelled in (value, json.dumps({"x": value}), f"https://host/?q={quote(value, safe='')}"):
         assert "rd/1" not in redact(spelled) and "rd%2F1" not in redact(spelled) and f"<{name}>" in redact(spelled)
     assert by_name(f"logger.project=a{value}") == f"logger.project=a${{oc.env:{name}}}"
+
+
+@pytest.mark.parametrize("value", ["pa'ss: word-1", "correct horse battery staple " * 5 + "end", "begin\nmiddle\nend"])
+def test_secrets_as_yaml_spells_them(monkeypatch, value):
+    """Quotes that are doubled, lines that are broken."""
+    monkeypatch.setenv("MY_SECRET", value)
+    cfg = OmegaConf.create({"logger": {"project": f"a text before {value}", "tags": ["${logger.project}", 1]}})
+    assert run_module.as_yaml(cfg) == "logger:\n  project: a text before <MY_SECRET>\n  tags:\n  - a text before <MY_SECRET>\n  - 1\n"
 
 
 def test_what_is_no_secret_stays_readable(monkeypatch, tmp_path):
@@ -283,8 +292,36 @@ def test_a_run_that_is_verified_names_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
+@pytest.mark.parametrize("kind", ["device", "pipe", "long", "nested", "number"])
+def test_files_of_run_folders_are_files(tmp_path, kind):
+    """Links that lead to something without an end, pipes that wait for a writer, JSON that is something else."""
+    path, run = tmp_path / "environment.json", tmp_path / "run"
+    run.mkdir()
+    for name in ("environment.json", "config.yaml", asked.FILE):
+        path = run / name
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_text({"long": "[" + " " * (17 << 20) + "]", "nested": "[" * 100_000, "number": "5"}[kind])
+    with within():
+        for read in (lambda: environment.continued(run, {}), lambda: asked._protocol(run)):
+            assert read() == []
+        for read in (asked.read, task_class, merge._environment, verify._environment, report.recomputed):
+            with pytest.raises(ConfigError) as caught:
+                read(run)
+            assert "\n" not in str(caught.value)
+
+
 def test_what_was_asked_is_bounded(tmp_path):
-    for text in ("[" * 100_000, '{"examples": {"a": 1000000000}, "variants": [["full", ""]]}', '{"examples": {"a": 1}, "variants": [["full"]]}'):
+    many = json.dumps({"examples": {str(i): 100_000 for i in range(5000)}, "variants": [["full", ""]]})
+    for text in (
+        many,
+        "[" * 100_000,
+        '{"examples": {"a": 1000000000}, "variants": [["full", ""]]}',
+        '{"examples": {"a": 1}, "variants": [["full"]]}',
+    ):
         (tmp_path / asked.FILE).write_text(text)
         with pytest.raises(ConfigError, match=asked.FILE):
             asked.read(tmp_path)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from macbench import generate
+from macbench import asked, generate, verify
 from macbench import run as run_module
 from macbench.engine import Engine
 from macbench.errors import ConfigError
@@ -155,6 +155,21 @@ def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tin
     monkeypatch.setattr(Engine, "prefill", None)
     code, out, _ = macbench(*args)
     assert code == 0 and "niah_single_1" in out and len(samples(tmp_path)) == 3
+
+
+def test_two_commands_that_ask_for_different_numbers(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """A shorter one ends while a longer one is at work: what stays is the longer one's, question and table."""
+    args, load = [*tiny_args, "method=full"], run_module.load
+
+    def meanwhile(*given):
+        monkeypatch.setattr(run_module, "load", load)
+        assert macbench(*args, "limit=1")[0] == 0
+        return load(*given)
+
+    monkeypatch.setattr(run_module, "load", meanwhile)
+    assert macbench(*args, "limit=3")[0] == 0
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    assert list(asked.read(run).examples.values()) == [3] and not verify.verify(run).wrong
 
 
 def test_shards_are_the_whole(macbench, tmp_path):  # noqa: F811

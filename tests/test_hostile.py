@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from omegaconf import OmegaConf
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
-from macbench.models import gguf_header
+from macbench.models import gguf_header, lora
+from macbench.models.trust import check_folder
 from macbench.models.weights import load, load_chat
 from macbench.redact import by_name, redact
 from macbench.regenerate import regenerate
@@ -27,6 +28,7 @@ from macbench.tasks.longbench_v2 import data as longbench
 from macbench.tasks.longgenbench import data as longgenbench
 from macbench.tasks.recorded import task_class
 from macbench.tasks.ruler.data import Data
+from tests import real
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
 
 LONGEST = 10  # seconds
@@ -143,6 +145,49 @@ def test_an_index_cannot_name_files_elsewhere(model, tmp_path):
     assert "names ../outside.safetensors" in refused(model)
     (model / "model.safetensors.index.json").write_text('{"weight_map": 5}')
     assert "cannot be read" in refused(model)
+
+
+# A product of a terabyte, out of factors of two megabytes.
+ENORMOUS = {"q.A": np.ones((2, 1 << 19), np.int8), "q.B": np.ones((1 << 19, 2), np.int8), "q.B_scale": np.ones(1 << 19, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "head", "said"),
+    [
+        (lambda x: x.pop("q.B"), {}, "q.B"),
+        (lambda x: x.pop("q.A_scale"), {}, "q.A_scale"),
+        (lambda x: x.update({"q.A_scale": np.ones(7, np.float32)}), {}, "another shape"),
+        (lambda x: x.update({"q.A_scale": np.ones((), np.float32)}), {}, "another shape"),
+        (lambda x: x.update({"q.B": np.ones(48, np.float32)}), {}, "another shape"),
+        (lambda x: [x.pop(name) for name in ("q.A", "q.B")], {}, "no factors"),
+        (lambda x: x.update(ENORMOUS), {}, "another shape"),
+        (lambda x: None, {"positions": 10**15}, "positions"),
+        (lambda x: None, {"positions": "x"}, "is none"),
+        (lambda x: None, {"rope_theta": 0}, "is none"),
+        (lambda x: None, {"scale": float("nan")}, "is none"),
+    ],
+)
+def test_adapters_that_nobody_trained(model, tmp_path, change, head, said):
+    name, path = "model.layers.0.self_attn.q_proj", tmp_path / "adapter.safetensors"
+    x = {"q.A": np.ones((2, 48), np.float32), "q.A_scale": np.ones(2, np.float32)}
+    x |= {"q.B": np.ones((48, 2), np.float32), "q.B_scale": np.ones(48, np.float32)}
+    change(x)
+    good = {"base_sha256": "", "rope_theta": 1e5, "positions": 8192, "scale": 1.0}
+    metadata = {"format": lora.FORMAT, "adapter": json.dumps(good | head)}
+    save_file({key.replace("q.", f"{name}."): value for key, value in x.items()}, path, metadata=metadata)
+    node = OmegaConf.merge(OmegaConf.load(cli.CONF / "model" / "smollm2.yaml"), {"path": str(model), "adapter": str(path)})
+    with within(), pytest.raises(ConfigError) as caught:
+        load(node, "cpu", real.chat())
+    assert said.replace("q.", f"{name}.") in str(caught.value)
+
+
+def test_a_folder_named_from_beside_it(tmp_path, monkeypatch):
+    """The name alone does not say what lies above."""
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "snapshots" / "abc" / "dev-v2.0.json").write_text(json.dumps(SQUAD))
+    monkeypatch.chdir(tmp_path / "snapshots")
+    assert Data("abc").squad.docs == ["some words"]
+    check_folder("abc")
 
 
 def test_links_stay_in_the_folder(model, tmp_path):

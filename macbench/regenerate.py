@@ -23,6 +23,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
     cfg = configuration(run)
     settings.own_classes_only(cfg)
+    settings.check_numbers(cfg, "seed", "engine.page_size", "engine.prefill_chunk")  # of what a command must be; earlier ones had fewer keys
     cfg.device = device
     plan = runner.prepare(cfg)
     name = runner.run_name(cfg, plan)

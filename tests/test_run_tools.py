@@ -231,6 +231,14 @@ def test_a_configuration_with_a_value_missing_is_one_line(run, tool):
     assert code == 2 and err.count("\n") == 1 and "seed" in err
 
 
+@pytest.mark.parametrize("change", ["page_size: 0", "prefill_chunk: -5", "prefill_chunk: x"])
+def test_a_configuration_with_numbers_out_of_range_is_one_line(run, tool, change):
+    text, key = (run / "config.yaml").read_text(), change.partition(":")[0]
+    (run / "config.yaml").write_text(re.sub(rf"(?m){key}: .*", change, text))
+    code, _, err = tool(verify, run, "examples=1", "device=cpu")
+    assert code == 2 and err.count("\n") == 1 and f"engine.{key}=" in err
+
+
 @pytest.mark.parametrize("table", ["samples", "steps", "layers"])
 def test_a_flipped_bit_is_no_other_number(run, table):
     """What is read of a run is what was written, or the part is named."""

@@ -420,13 +420,14 @@ def main() -> None:
         argv = sys.argv[1:] = cli.normalise(sys.argv[1:])
         cfg = cli.check(argv)
         folder = cli.sweep_folder(cfg) if cfg is not None and cli.sweeps(argv) else None
+        if folder is not None:
+            sweep.begin(folder)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
     code = 0
     if folder is not None:
         sys.argv[1:] = map(by_name, argv)
-        sweep.begin(folder)
         try:
             _by_hydra()
         finally:

@@ -157,6 +157,20 @@ def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tin
     assert code == 0 and "niah_single_1" in out and len(samples(tmp_path)) == 3
 
 
+def test_a_sweep_on_a_full_disk_is_one_line(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    args = [*tiny_args, "method=full", "limit=0,-1", "-m"]
+    with monkeypatch.context() as patch:
+        patch.setattr("macbench.sweep.tempfile.mkstemp", full)  # no room for a job's exit code
+        code, _, err = macbench(*args)
+        assert code == 2 and "Traceback" not in err and "limit=0" in err
+    monkeypatch.setattr("macbench.sweep.tempfile.mkdtemp", full)
+    code, _, err = macbench(*args)
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err
+
+
 def test_two_commands_that_ask_for_different_numbers(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
     """A shorter one ends while a longer one is at work: what stays is the longer one's, question and table."""
     args, load = [*tiny_args, "method=full"], run_module.load

@@ -292,6 +292,15 @@ def test_a_failed_example_is_replaced_by_a_good_one_and_never_the_other_way(run,
     assert "0 taken, 4 kept" in tool(merge, tmp_path / "good", tmp_path / "runs")[1]
 
 
+def test_an_example_that_lacks_a_part_is_taken_and_a_damaged_one_is_named(run, made, tmp_path, tool):
+    first(run, "steps").unlink()
+    code, out, _ = tool(merge, tmp_path / "runs", made[0])
+    assert code == 0 and "1 taken, 3 kept" in out and tool(verify, run, "examples=0")[0] == 0
+    first(run, "samples").write_bytes(b"PAR1")
+    code, _, err = tool(merge, tmp_path / "runs", made[0])
+    assert code == 2 and f"TARGET={first(run, 'samples')}" in err
+
+
 @pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "rows", "run", "cut", "busy", "itself", "nothing"])
 def test_only_the_same_protocol_merges(run, made, tmp_path, tool, change):
     args = [made[0], tmp_path / "runs"]

@@ -43,5 +43,6 @@ def by_name(override: str) -> str:
     key, equals, rest = override.partition("=")
     for name, value in secrets():
         if os.environ.get(name) == value and not re.fullmatch(r"[\d.]+", value):  # a number that is referred to would become a text
-            rest = rest.replace(value, f"${{oc.env:{name}}}")
+            for spelled in (value, value.replace("'", "\\'"), value.replace('"', '\\"')):  # also as quotes stand within quotes
+                rest = rest.replace(spelled, f"${{oc.env:{name}}}")
     return key + equals + rest

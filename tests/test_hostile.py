@@ -76,6 +76,8 @@ def test_names_of_secrets(monkeypatch, name):
     monkeypatch.setenv(name, value)
     for spelled in (value, json.dumps({"x": value}), f"https://host/?q={quote(value, safe='')}"):
         assert "rd/1" not in redact(spelled) and "rd%2F1" not in redact(spelled) and f"<{name}>" in redact(spelled)
+    quoted = value.replace('"', '\\"')
+    assert by_name(f'logger.project="a{quoted}"') == f'logger.project="a${{oc.env:{name}}}"'
     assert by_name(f"logger.project=a{value}") == f"logger.project=a${{oc.env:{name}}}"
 
 

@@ -8,12 +8,14 @@ import pandas as pd
 
 from macbench.errors import ConfigError, one_line
 from macbench.records import read_table
+from macbench.untrusted import document
 
 FILE = "asked.json"
 
 
 # No run has more examples of a subtask; a file that says so is not one of ours.
 _MOST = 100_000
+_MOST_TOGETHER = 20 * _MOST
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,21 @@ def answered(samples: pd.DataFrame) -> Asked:
 def read(run: Path) -> Asked:
     """Of the last command that worked on a run; subtasks in the order of its protocol, however the file has them."""
     try:
-        found = json.loads((run / FILE).read_text())
+        found = document(run / FILE)
         examples = {str(k): int(n) for k, n in found["examples"].items()}
         place = {subtask: i for i, subtask in enumerate(_protocol(run))}
         asked = Asked(dict(sorted(examples.items(), key=lambda e: place.get(e[0], len(place)))), [list(map(str, v)) for v in found["variants"]])
-        if any(not 0 <= n <= _MOST for n in asked.examples.values()) or any(len(v) != 2 for v in asked.variants):
+        numbers = asked.examples.values()
+        if any(not 0 <= n <= _MOST for n in numbers) or sum(numbers) > _MOST_TOGETHER or any(len(v) != 2 for v in asked.variants):
             raise ValueError("numbers out of range")
         return asked
-    except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError("RUN", run, f"has no usable {FILE} ({one_line(error)}); run its command again") from None
 
 
 def _protocol(run: Path) -> list[str]:
     """Subtasks as the run's protocol has them; none where that cannot be read."""
     try:
-        return [str(subtask) for subtask in json.loads((run / "environment.json").read_text())["protocol"]["subtasks"]]
-    except (OSError, RecursionError, ValueError, TypeError, KeyError):
+        return [str(subtask) for subtask in document(run / "environment.json")["protocol"]["subtasks"]]
+    except (OSError, ValueError, TypeError, KeyError):
         return []

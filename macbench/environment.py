@@ -13,9 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from macbench.errors import ConfigError
 from macbench.redact import redact
+from macbench.untrusted import document
 
 _PACKAGES = (
     *("macbench", "torch", "transformers", "accelerate", "triton", "tokenizers", "safetensors", "gguf", "datasets", "numpy", "pandas", "pyarrow"),
@@ -28,7 +31,7 @@ _SHARED = ("git", "device", "backend", "dtype", "packages")
 def facts(device: str, backend: str, dtype: str, model: dict | None = None) -> dict:
     """A JSON-able description of this process. ``model``: its hashes."""
     return {
-        "command": shlex.join(["python", "-m", "macbench.run", *map(redact, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "macbench.run", *map(redact, _arguments())]),
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": commit(),
@@ -44,14 +47,21 @@ def facts(device: str, backend: str, dtype: str, model: dict | None = None) -> d
     }
 
 
+def _arguments() -> list[str]:
+    """Of the command line; those of a sweep's job are its own, wherever a launcher runs it and whatever that says to its processes."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return list(HydraConfig.get().overrides.task)
+    return sys.argv[1:]
+
+
 def continued(run: Path, now: dict) -> list[str]:
     """Lines for the user about a run that another version of the code, or another machine, began; other weights are a ConfigError."""
     try:
-        earlier = json.loads((run / "environment.json").read_text())
+        earlier = document(run / "environment.json")
     except (OSError, ValueError):
         return []
     for key, what in (("weights_sha256", "other weights"), ("model_sha256", "another configuration, tokenizer or adapter of the model")):
-        before = earlier.get(key) if isinstance(earlier, dict) else None
+        before = earlier.get(key)
         if before and now.get(key) and before != now[key]:
             raise ConfigError("model.path", run, f"this run was begun with {what} (sha256 {str(before)[:12]}); use another runs_dir for this one")
     changed = [f"{key} {_short(earlier[key])}, now {_short(now[key])}" for key in _SHARED if key in earlier and earlier[key] != now[key]]

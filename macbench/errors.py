@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
+
 from macbench.redact import redact
 
 # Line ends of every kind, and what would command a terminal.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 # What files that somebody else wrote can make of any reader, besides errors of its own.
-FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError, MemoryError, OSError)
+FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError, MemoryError, OSError, OmegaConfBaseException)
 
 
 class ConfigError(Exception):
@@ -21,7 +23,12 @@ class ConfigError(Exception):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(_UNPRINTABLE.sub(" ", redact(f"{key}={value}: {allowed}")))
+        super().__init__(printable(redact(f"{key}={value}: {allowed}")))
+
+
+def printable(text: str) -> str:
+    """On one line, and without what would command a terminal."""
+    return _UNPRINTABLE.sub(" ", text)
 
 
 def choose(key: str, value: str, choices: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from time import monotonic
 BEAT = 10.0  # seconds between heartbeats
 STALE = 120.0  # seconds without one after which a worker counts as dead; network file systems cache for a minute
 _DIGITS = 20  # of the heartbeat, which begins the worker's file
+_MOST = 1 << 12  # bytes of that file
 
 
 class Leases:
@@ -114,21 +115,26 @@ class Leases:
     def _register(self) -> int:
         """The worker's file, which appears under its name with the lock already held. Returns its descriptor."""
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
-        scratch = self.folder / f".{self._worker.name}"
         while True:
             try:
                 self.folder.mkdir(exist_ok=True)
-                file = os.open(scratch, os.O_RDWR | os.O_CREAT, 0o644)
-                break
-            except FileNotFoundError:  # the last process before us has just removed the folder
+                return self._appear(me)
+            except FileNotFoundError:  # the last process before us has just removed the folder, or the file, which was not locked yet
                 continue
+
+    def _appear(self, me: dict) -> int:
+        scratch = self.folder / f".{self._worker.name}"
+        file = os.open(scratch, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            me["kernel"] = kernel()
+            with contextlib.suppress(OSError):  # a file system without locks: the heartbeat alone tells
+                fcntl.flock(file, fcntl.LOCK_EX)
+                me = me | {"kernel": kernel()}
+            os.write(file, f"{0:0{_DIGITS}}\n{json.dumps(me)}\n".encode())
+            scratch.rename(self._worker)
         except OSError:
-            pass  # a file system without locks: the heartbeat alone tells
-        os.write(file, f"{0:0{_DIGITS}}\n{json.dumps(me)}\n".encode())
-        scratch.rename(self._worker)
+            os.close(file)
+            scratch.unlink(missing_ok=True)
+            raise
         return file
 
     def _beat(self) -> None:
@@ -168,9 +174,10 @@ def leftovers(run: Path) -> bool:
 def look(path: Path) -> tuple[bool | None, dict]:
     """Whether the worker of a lease or a worker's file lives, and what the file says; None if only its heartbeat can tell."""
     try:
-        with path.open("rb") as file:
-            worker = describe(file.read())
-            same = worker.get("kernel") and worker["kernel"] == kernel()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a copied folder may hold anything
+            worker = describe(file.read(_MOST))
+            # Nothing is in it: nobody holds it who began to write it, or will at once, and then begins anew.
+            same = not worker["beat"] or (worker.get("kernel") and worker["kernel"] == kernel())
             return (_locked(file) if same else None), worker
     except OSError:
         return False, {}  # it cleaned up, or somebody copied the run without it
@@ -181,7 +188,7 @@ def describe(content: bytes) -> dict:
     beat, _, rest = content.partition(b"\n")
     try:
         return json.loads(rest) | {"beat": beat}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {"beat": content}
 
 

@@ -5,7 +5,6 @@ the name is the hash of what is measured: the same configuration, protocol, data
 that both have stays as TARGET has it, unless only SOURCE finished it without an error. Sources are read, never changed.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
+from macbench.untrusted import bounded, document
 
 # Of the example rows that both runs have; times differ.
 _SAME = ["text", "decode_steps", "tokens_log", "bytes_kv"]
@@ -43,10 +43,11 @@ def merge(source: Path, target: Path) -> dict[str, int]:
     counts = {"taken": 0, "kept": 0, "different": 0}
     with Leases(target) as leases:
         for path in sorted((source / "samples").glob("part-*.parquet")):
-            new = _rows(path)
+            new = _rows(path, "SOURCE")
             if not leases.claim(path.stem):
                 raise ConfigError("TARGET", target, "a process works on this run; merge when it has ended")
-            old = _rows(target / "samples" / path.name) if directory.stamp(path.stem) else None
+            whole = all((target / table / path.name).exists() for table in SCHEMAS)  # else a run would make it again
+            old = _rows(target / "samples" / path.name, "TARGET") if whole else None
             if old is None or (old.error.notna().any() and new.error.isna().all()):
                 _copy(source, target, path.name)
                 counts["taken"] += 1
@@ -56,7 +57,7 @@ def merge(source: Path, target: Path) -> dict[str, int]:
             leases.release(path.stem)
     for name in ("config.yaml", "environment.json"):
         if not (target / name).exists():
-            directory.write_text(name, (source / name).read_text())
+            directory.write_text(name, bounded(source / name))
     wanted = [asked.read(run) for run in (source, target) if (run / asked.FILE).exists()]
     if wanted:
         most = {subtask: max(w.examples.get(subtask, 0) for w in wanted) for subtask in wanted[0].examples}
@@ -75,26 +76,26 @@ def summary(run: Path) -> pd.DataFrame:
 
 def _environment(run: Path) -> dict:
     try:
-        found = json.loads((run / "environment.json").read_text())
+        found = document(run / "environment.json")
         return found | {"identity": dict(found["identity"]), "protocol": dict(found["protocol"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError("RUN", run, f"has no environment.json that says what it measures ({one_line(error)})") from None
 
 
-def _rows(path: Path) -> pd.DataFrame:
-    return pd.DataFrame(_checked(path, "samples").to_pylist())[[*KEY, *_SAME, "error"]].sort_values(KEY, ignore_index=True)
+def _rows(path: Path, key: str) -> pd.DataFrame:
+    return pd.DataFrame(_checked(path, "samples", key).to_pylist())[[*KEY, *_SAME, "error"]].sort_values(KEY, ignore_index=True)
 
 
-def _checked(path: Path, table: str) -> pa.Table:
+def _checked(path: Path, table: str, key: str) -> pa.Table:
     """A part with the schema of now and the rows of its name, every page checked."""
     try:
         data = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError("SOURCE", path, f"cannot be read ({one_line(error)})") from None
+        raise ConfigError(key, path, f"cannot be read ({one_line(error)})") from None
     if not data.schema.equals(SCHEMAS[table]):
-        raise ConfigError("SOURCE", path, "has another schema; it was written by another version")
+        raise ConfigError(key, path, "has another schema; it was written by another version")
     if said := foreign(path, data):
-        raise ConfigError("SOURCE", path, said)
+        raise ConfigError(key, path, said)
     return data
 
 
@@ -102,7 +103,7 @@ def _copy(source: Path, target: Path, name: str) -> None:
     """The parts of an example, all or none."""
     tables = ("steps", "layers", "samples")  # samples last, as whoever writes them
     for table in tables:
-        _checked(source / table / name, table)
+        _checked(source / table / name, table, "SOURCE")
     try:
         write_in_order([(target / table / name, lambda file, table=table: file.write((source / table / name).read_bytes())) for table in tables])
     except OSError as error:

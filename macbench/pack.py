@@ -29,7 +29,7 @@ from macbench.files import write_whole
 from macbench.merge import summary
 from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
 from macbench.trace import records as trace
-from macbench.untrusted import configuration
+from macbench.untrusted import configuration, document
 from macbench.verify import verify
 
 _PLACES = ("runs_dir", "task.data_path", "model.gguf", "model.adapter")
@@ -144,8 +144,8 @@ def _table(run: Path, table: str, done: list[str]) -> pa.Table:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text()) | {}
-    except (OSError, ValueError, TypeError) as error:
+        return document(path)
+    except (OSError, ValueError) as error:
         raise ConfigError("RUN", path.parent, f"is not a run folder ({one_line(error)})") from None
 
 

@@ -1,6 +1,5 @@
 """What a configuration would measure: its cells, which of them are there already, and a forecast of time and disk from measured rates."""
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from macbench import cli
 from macbench.errors import FOREIGN, ConfigError
 from macbench.records import KEY, read_table
-from macbench.untrusted import configuration
+from macbench.untrusted import configuration, document
 
 _SHOWN = 12  # lines of cells
 
@@ -128,7 +127,7 @@ def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
             if folder.parent.parent.name != model_name(cfg) or cfg.task.name not in folder.parts[-4] or not facts.exists():
                 continue
             try:
-                there = str(json.loads(facts.read_text())["device"])
+                there = str(document(facts)["device"])
                 batch = configuration(folder).get("batch") or 1
             except (ConfigError, *FOREIGN):
                 continue

@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
 from macbench.files import SCRATCH, write_in_order
 from macbench.redact import redact
 
@@ -129,12 +129,19 @@ def foreign(path: Path, data: pa.Table) -> str | None:
 
 def completed(data: pa.Table, table: str) -> pa.Table | None:
     """A part of an earlier version of the schema with nulls for what came later; None if it is no such part."""
-    kinds = lambda schema: [(field.name, str(field.type).replace("element", "item")) for field in schema]  # noqa: E731  (parquet's own name)
     now, names = SCHEMAS[table], set(data.schema.names)
-    if set(now.names) - names - _LATER[table] or kinds(data.schema) != kinds([field for field in now if field.name in names]):
+    mine = [name for name in now.names if name in names]
+    if set(now.names) - names - _LATER[table] or data.schema.names != mine or not all(_same_kind(field, table) for field in data.schema):
         return None
     columns = [data[field.name].cast(field.type) if field.name in names else pa.nulls(len(data), field.type) for field in now]
     return pa.Table.from_arrays(columns, schema=now.with_metadata(data.schema.metadata))
+
+
+def _same_kind(field: pa.Field, table: str) -> bool:
+    """Whether a column holds what the schema says; one that the schema does not know is no matter."""
+    here = SCHEMAS[table].get_field_index(field.name)
+    kind = SCHEMAS[table].types[here] if here >= 0 else field.type
+    return field.type == kind or str(field.type).replace("element", "item") == str(kind)  # parquet's own name of what a list holds
 
 
 def find_runs(root: Path) -> Iterator[Path]:
@@ -230,11 +237,14 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None, c
     frames = []
     for part in parts:
         try:
-            frames.append(pq.read_table(part, columns=columns).to_pandas())
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise ConfigError(
-                f"runs_dir ({table})", part, f"cannot be read ({str(error).splitlines()[0]}); delete it to have it made again"
-            ) from error
+            data = pq.read_table(part, columns=columns, page_checksum_verification=True)
+            if other := [field.name for field in data.schema if not _same_kind(field, table)]:
+                raise ValueError(f"column {other[0]} is of another kind")
+            if absent := {*SCHEMAS[table].names} - {*data.schema.names} - _LATER[table] if columns is None else None:
+                raise ValueError(f"it has no column {min(absent)}")
+            frames.append(data.to_pandas())
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last one: bytes that are no text
+            raise _damaged(part, error, f"runs_dir ({table})") from error
     if not frames:
         return pd.DataFrame(columns=columns or SCHEMAS[table].names)
     return pd.concat(frames, ignore_index=True)
@@ -262,9 +272,9 @@ def _readable(part: Path) -> bool:
     """Whether a part is there; raises if it is there but damaged (its footer is read, not its rows)."""
     try:
         return part.exists() and pq.read_metadata(part).num_columns > 0
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise _damaged(part, error) from error
 
 
-def _damaged(part: Path, error: Exception) -> ConfigError:
-    return ConfigError("runs_dir", part, f"cannot be read ({str(error).splitlines()[0]}); delete it to have it made again")
+def _damaged(part: Path, error: Exception, key: str = "runs_dir") -> ConfigError:
+    return ConfigError(key, part, f"cannot be read ({one_line(error)}); delete it to have it made again")

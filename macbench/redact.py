@@ -29,10 +29,20 @@ def redact(text: str) -> str:
     return text
 
 
+def within(value: object) -> object:
+    """Lists and dictionaries with every text in them redacted: before a format that breaks lines or doubles quotes makes secrets look otherwise."""
+    if isinstance(value, dict):
+        return {key: within(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [within(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def by_name(override: str) -> str:
     """An override of the command line with every secret replaced by a reference to its variable, so that files of a sweep hold no value."""
     key, equals, rest = override.partition("=")
     for name, value in secrets():
         if os.environ.get(name) == value and not re.fullmatch(r"[\d.]+", value):  # a number that is referred to would become a text
-            rest = rest.replace(value, f"${{oc.env:{name}}}")
+            for spelled in (value, value.replace("'", "\\'"), value.replace('"', '\\"')):  # also as quotes stand within quotes
+                rest = rest.replace(spelled, f"${{oc.env:{name}}}")
     return key + equals + rest

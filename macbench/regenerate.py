@@ -23,6 +23,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
     cfg = configuration(run)
     settings.own_classes_only(cfg)
+    settings.check_numbers(cfg, "seed", "engine.page_size", "engine.prefill_chunk")  # of what a command must be; earlier ones had fewer keys
     cfg.device = device
     plan = runner.prepare(cfg)
     name = runner.run_name(cfg, plan)
@@ -42,7 +43,7 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
         with tempfile.TemporaryDirectory() as scratch:
             made = answers(engine, model, plan.task, plan.variants, group, Path(scratch), lambda stage: lambda tokens: None)
         for example, answered in zip(group, made, strict=True):
-            again = pd.DataFrame(runner.records(engine, plan.task, plan.variants, example, answered, run.name)["samples"])
+            again = pd.DataFrame(runner.records(engine.ctx, plan.task, plan.variants, example, answered, run.name)["samples"])
             mine = samples[(samples.subtask == example.subtask) & (samples.example_id == example.example_id)]
             found.wrong += _differences(mine, again)
     if chosen:

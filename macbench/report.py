@@ -5,7 +5,6 @@ python -m macbench.report RUN [RUN ...] [--html FILE]
 RUN is a folder that macbench.run wrote, or one with such folders in it. Every recorded example counts, whatever the ``limit`` of the last command.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
+from macbench.untrusted import document
 
 HTML = Path("figures/report.html")
 
@@ -26,7 +26,7 @@ def recomputed(run: Path) -> pd.DataFrame:
     """The table of ``summary.json``, subtasks in the order of the protocol."""
     try:
         task = task_class(run)
-        subtasks = json.loads((run / "environment.json").read_text())["protocol"]["subtasks"]
+        subtasks = document(run / "environment.json")["protocol"]["subtasks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("RUN", run, f"is not a run folder ({str(error).splitlines()[0]})") from None
     samples = read_table(run, "samples")

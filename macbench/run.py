@@ -31,7 +31,7 @@ from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
 from macbench.records import KEY, RunDirectory, config_hash, engine_knobs, placeless, read_table
-from macbench.redact import by_name
+from macbench.redact import by_name, within
 from macbench.rows import records
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> int:
         facts = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
         for note in environment.continued(directory.path, facts):
             print(f"macbench: note: {note}", file=sys.stderr)
-        directory.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        directory.write_text("config.yaml", as_yaml(cfg))
         protocol = {"protocol": plan.task.protocol(), "identity": identity(cfg, plan)}
         directory.write_text("environment.json", environment.to_json(facts | protocol))
         with loggers.open_logger(cfg.logger, directory, OmegaConf.to_container(cfg, resolve=True)) as log:
@@ -224,7 +224,12 @@ def run_trace(cfg: DictConfig) -> int:
     examples = prompts.examples(task["sources"], chat, ctx, cfg.seed, cfg.limit)
     model = load(cfg.model, device, chat)
     facts = environment.facts(device, layer.name, str(model.network.dtype)) | {"model": model_name(cfg), "ctx": ctx, "task": task, "method": method}
-    return command.run(task, method, model, examples, make_engine(cfg, layer, ctx, model), target(cfg), facts, OmegaConf.to_yaml(cfg, resolve=True))
+    return command.run(task, method, model, examples, make_engine(cfg, layer, ctx, model), target(cfg), facts, as_yaml(cfg))
+
+
+def as_yaml(cfg: DictConfig) -> str:
+    """The resolved configuration without secrets."""
+    return OmegaConf.to_yaml(within(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def cache_bytes(cfg: DictConfig, plan: Plan) -> int:
@@ -323,6 +328,7 @@ def report(directory: RunDirectory, plan: Plan):
     while stamps != (stamps := directory.stamps()):  # another process's last rows must not be missing from the table that stays
         samples = plan.asked.rows(directory.path)
         table = summarise(samples, guesses(task, samples))
+        directory.write_text(asked.FILE, plan.asked.text())  # another process may have asked for another number since this one began
         directory.write_text("summary.json", table.to_json(orient="records", indent=1))
     missing = len(plan.asked.places()) - samples.groupby(["subtask", "example_id"]).ngroups
     if missing:
@@ -414,13 +420,14 @@ def main() -> None:
         argv = sys.argv[1:] = cli.normalise(sys.argv[1:])
         cfg = cli.check(argv)
         folder = cli.sweep_folder(cfg) if cfg is not None and cli.sweeps(argv) else None
+        if folder is not None:
+            sweep.begin(folder)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
     code = 0
     if folder is not None:
         sys.argv[1:] = map(by_name, argv)
-        sweep.begin(folder)
         try:
             _by_hydra()
         finally:

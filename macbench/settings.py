@@ -40,6 +40,24 @@ class Variant:
         self.measured = Measured(self.method)
 
 
+# Integers that every task has: smallest and largest.
+_RANGES = {
+    "limit": (1, MOST_EXAMPLES),
+    "seed": (0, 2**63 - 1),
+    "follow": (0, 2**20),
+    "engine.page_size": (1, 2**16),
+    "engine.prefill_chunk": (1, 2**31 - 1),
+}
+
+
+def check_numbers(cfg: DictConfig, *keys: str) -> None:
+    """Of some keys that are integers."""
+    for key in keys:
+        value, (low, high) = _select(cfg, key), _RANGES[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
+
+
 def check(cfg: DictConfig) -> None:
     """Types and ranges of everything that is not checked by whom it configures."""
     for group in ("method", "task", "model", "judge", "logger"):
@@ -52,16 +70,7 @@ def check(cfg: DictConfig) -> None:
                 raise ConfigError(key, cfg[key], f"must be empty with task={cfg.task.name}, which measures the method beside full attention")
     if OmegaConf.select(cfg, "model.random") is not None and cfg.task.name not in SYNTHETIC:
         raise ConfigError("model", cfg.model.name, f"has random weights, which serve task=decode alone, not task={cfg.task.name}")
-    for key, low, high in (
-        ("limit", 1, MOST_EXAMPLES),
-        ("seed", 0, 2**63 - 1),
-        ("follow", 0, 2**20),
-        ("engine.page_size", 1, 2**16),
-        ("engine.prefill_chunk", 1, 2**31 - 1),
-    ):
-        value = _select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(key, value, f"must be an integer of at least {low} and at most {high}")
+    check_numbers(cfg, *_RANGES)
     if cfg.task.name not in SYNTHETIC:
         _expect(cfg, "batch", "null or an integer of at least 1", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1))
     _expect(cfg, "retry", "null, or failed: examples that ended with an error are made again", lambda v: v in (None, "failed"))

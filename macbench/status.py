@@ -12,9 +12,11 @@ from time import time
 import pandas as pd
 
 from macbench import asked
-from macbench.errors import FOREIGN, ConfigError
+from macbench.errors import FOREIGN, ConfigError, one_line, printable
 from macbench.leases import STALE, held, look
 from macbench.records import find_runs, part_name, read_table
+
+_WIDEST = 200  # characters of a column
 
 
 def status(run: Path) -> dict:
@@ -31,7 +33,7 @@ def status(run: Path) -> dict:
     left = len(places) - done - failed
     per_hour = _rate(run, workers)
     return {
-        "run": str(run),
+        "run": printable(str(run)),
         "examples": len(places),
         "done": done,
         "failed": failed,
@@ -39,7 +41,7 @@ def status(run: Path) -> dict:
         "missing": max(0, left - len(running)),
         "per hour": f"{per_hour:.0f}" if per_hour else "-",
         "left": str(timedelta(seconds=round(3600 * left / per_hour))) if per_hour else "-",
-        "workers": " ".join(workers) or "-",
+        "workers": printable(" ".join(workers))[:_WIDEST] or "-",
     }
 
 
@@ -77,8 +79,10 @@ def main() -> None:
         for run in find_runs(root):
             try:
                 rows.append(status(run))
-            except (ConfigError, *FOREIGN) as error:  # a run that cannot be read is no reason to be silent about the others
+            except ConfigError as error:  # a run that cannot be read is no reason to be silent about the others
                 print(f"macbench: note: {error}", file=sys.stderr)
+            except FOREIGN as error:
+                print(f"macbench: note: {ConfigError('RUN', run, f'cannot be read ({type(error).__name__}: {one_line(error)})')}", file=sys.stderr)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,8 @@
-"""A configuration out of somebody else's run folder, read without being run: bounded, no aliases, no references to be resolved."""
+"""Files out of somebody else's run folder, read without being run: bounded, nothing but files; configurations without aliases or references."""
 
+import json
+import os
+import stat
 from pathlib import Path
 
 import yaml
@@ -9,7 +12,30 @@ from omegaconf.errors import OmegaConfBaseException
 from macbench.errors import ConfigError, one_line
 
 _MOST = 1 << 16  # bytes; a resolved configuration has four thousand
+_MOST_JSON = 16 << 20  # bytes; the summary of a large grid has 300,000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def bounded(path: Path, most: int = _MOST_JSON) -> str:
+    """The text of a file. ValueError: it is longer than ``most`` bytes, or a link to a device, which has no end, or to a pipe, which waits."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path.name} is no file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return content.decode()
+
+
+def document(path: Path) -> dict:
+    """A JSON file that holds an object; anything else is a ValueError."""
+    try:
+        found = json.loads(bounded(path))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
 
 
 def configuration(run: Path) -> DictConfig:
@@ -19,15 +45,12 @@ def configuration(run: Path) -> DictConfig:
     """
     path = run / "config.yaml"
     try:
-        size = path.stat().st_size
-        if size > _MOST:
-            raise ValueError(f"{path.name} has {size} bytes, at most {_MOST} are read")
-        text = path.read_text()
+        text = bounded(path, _MOST)
         if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_LOADER)):
             raise ValueError(f"{path.name} has aliases or references")
         found = OmegaConf.create(text)
         if not isinstance(found, DictConfig):
             raise ValueError(f"{path.name} is no configuration")
         return found
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError("RUN", run, f"is not a run folder ({one_line(error)})") from None

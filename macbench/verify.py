@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from macbench import asked
 from macbench.counting import TOTALS
 from macbench.environment import label
-from macbench.errors import ConfigError, ending, one_line
+from macbench.errors import ConfigError, ending, one_line, printable
 from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
+from macbench.untrusted import bounded, document
 
 # Findings of a run that are printed; one damaged table makes thousands.
 _SHOWN = 20
@@ -40,7 +41,7 @@ class Findings:
         """A verdict in its line, what is wrong below it, then the notes."""
         lines = [*self.wrong[:_SHOWN], *([f"and {len(self.wrong) - _SHOWN} more"] if len(self.wrong) > _SHOWN else [])]
         head = "WRONG" if self.wrong else "as it should be"
-        return "".join(f"{line}\n" for line in [head, *(f"  {line}" for line in [*lines, *(f"note: {note}" for note in self.notes)])])
+        return "".join(f"{printable(line)}\n" for line in [head, *(f"  {line}" for line in [*lines, *(f"note: {note}" for note in self.notes)])])
 
 
 def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") -> Findings:
@@ -72,9 +73,8 @@ def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") ->
 
 def _environment(run: Path) -> dict:
     try:
-        found = json.loads((run / "environment.json").read_text())
-        return found | {}
-    except (OSError, ValueError, TypeError) as error:
+        return document(run / "environment.json")
+    except (OSError, ValueError) as error:
         raise ConfigError("RUN", run, f"is not a run folder ({one_line(error)})") from None
 
 
@@ -143,8 +143,8 @@ def _complete(samples: pd.DataFrame, wanted: asked.Asked, found: Findings) -> No
 def _summary(run: Path, wanted: asked.Asked, found: Findings) -> None:
     """``summary.json`` again, from the parts."""
     try:
-        kept = json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError) as error:
+        kept = json.loads(bounded(run / "summary.json"))
+    except (OSError, ValueError, RecursionError) as error:
         found.wrong.append(f"summary.json cannot be read ({one_line(error)})")
         return
     task = task_class(run)

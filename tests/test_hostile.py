@@ -1,6 +1,7 @@
 """Input that somebody else wrote: models, data, run folders, half random. One line or a result, never a traceback, a hang or a leak."""
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from omegaconf import OmegaConf
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from macbench import asked, cli, report
+from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
-from macbench.models import gguf_header
+from macbench.models import gguf_header, lora
+from macbench.models.trust import check_folder
 from macbench.models.weights import load, load_chat
 from macbench.redact import by_name, redact
 from macbench.regenerate import regenerate
@@ -26,6 +28,7 @@ from macbench.tasks.longbench_v2 import data as longbench
 from macbench.tasks.longgenbench import data as longgenbench
 from macbench.tasks.recorded import task_class
 from macbench.tasks.ruler.data import Data
+from tests import real
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
 
 LONGEST = 10  # seconds
@@ -73,7 +76,17 @@ def test_names_of_secrets(monkeypatch, name):
     monkeypatch.setenv(name, value)
     for spelled in (value, json.dumps({"x": value}), f"https://host/?q={quote(value, safe='')}"):
         assert "rd/1" not in redact(spelled) and "rd%2F1" not in redact(spelled) and f"<{name}>" in redact(spelled)
+    quoted = value.replace('"', '\\"')
+    assert by_name(f'logger.project="a{quoted}"') == f'logger.project="a${{oc.env:{name}}}"'
     assert by_name(f"logger.project=a{value}") == f"logger.project=a${{oc.env:{name}}}"
+
+
+@pytest.mark.parametrize("value", ["pa'ss: word-1", "correct horse battery staple " * 5 + "end", "begin\nmiddle\nend"])
+def test_secrets_as_yaml_spells_them(monkeypatch, value):
+    """Quotes that are doubled, lines that are broken."""
+    monkeypatch.setenv("MY_SECRET", value)
+    cfg = OmegaConf.create({"logger": {"project": f"a text before {value}", "tags": ["${logger.project}", 1]}})
+    assert run_module.as_yaml(cfg) == "logger:\n  project: a text before <MY_SECRET>\n  tags:\n  - a text before <MY_SECRET>\n  - 1\n"
 
 
 def test_what_is_no_secret_stays_readable(monkeypatch, tmp_path):
@@ -134,6 +147,49 @@ def test_an_index_cannot_name_files_elsewhere(model, tmp_path):
     assert "names ../outside.safetensors" in refused(model)
     (model / "model.safetensors.index.json").write_text('{"weight_map": 5}')
     assert "cannot be read" in refused(model)
+
+
+# A product of a terabyte, out of factors of two megabytes.
+ENORMOUS = {"q.A": np.ones((2, 1 << 19), np.int8), "q.B": np.ones((1 << 19, 2), np.int8), "q.B_scale": np.ones(1 << 19, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "head", "said"),
+    [
+        (lambda x: x.pop("q.B"), {}, "q.B"),
+        (lambda x: x.pop("q.A_scale"), {}, "q.A_scale"),
+        (lambda x: x.update({"q.A_scale": np.ones(7, np.float32)}), {}, "another shape"),
+        (lambda x: x.update({"q.A_scale": np.ones((), np.float32)}), {}, "another shape"),
+        (lambda x: x.update({"q.B": np.ones(48, np.float32)}), {}, "another shape"),
+        (lambda x: [x.pop(name) for name in ("q.A", "q.B")], {}, "no factors"),
+        (lambda x: x.update(ENORMOUS), {}, "another shape"),
+        (lambda x: None, {"positions": 10**15}, "positions"),
+        (lambda x: None, {"positions": "x"}, "is none"),
+        (lambda x: None, {"rope_theta": 0}, "is none"),
+        (lambda x: None, {"scale": float("nan")}, "is none"),
+    ],
+)
+def test_adapters_that_nobody_trained(model, tmp_path, change, head, said):
+    name, path = "model.layers.0.self_attn.q_proj", tmp_path / "adapter.safetensors"
+    x = {"q.A": np.ones((2, 48), np.float32), "q.A_scale": np.ones(2, np.float32)}
+    x |= {"q.B": np.ones((48, 2), np.float32), "q.B_scale": np.ones(48, np.float32)}
+    change(x)
+    good = {"base_sha256": "", "rope_theta": 1e5, "positions": 8192, "scale": 1.0}
+    metadata = {"format": lora.FORMAT, "adapter": json.dumps(good | head)}
+    save_file({key.replace("q.", f"{name}."): value for key, value in x.items()}, path, metadata=metadata)
+    node = OmegaConf.merge(OmegaConf.load(cli.CONF / "model" / "smollm2.yaml"), {"path": str(model), "adapter": str(path)})
+    with within(), pytest.raises(ConfigError) as caught:
+        load(node, "cpu", real.chat())
+    assert said.replace("q.", f"{name}.") in str(caught.value)
+
+
+def test_a_folder_named_from_beside_it(tmp_path, monkeypatch):
+    """The name alone does not say what lies above."""
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "snapshots" / "abc" / "dev-v2.0.json").write_text(json.dumps(SQUAD))
+    monkeypatch.chdir(tmp_path / "snapshots")
+    assert Data("abc").squad.docs == ["some words"]
+    check_folder("abc")
 
 
 def test_links_stay_in_the_folder(model, tmp_path):
@@ -283,8 +339,36 @@ def test_a_run_that_is_verified_names_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
+@pytest.mark.parametrize("kind", ["device", "pipe", "long", "nested", "number"])
+def test_files_of_run_folders_are_files(tmp_path, kind):
+    """Links that lead to something without an end, pipes that wait for a writer, JSON that is something else."""
+    path, run = tmp_path / "environment.json", tmp_path / "run"
+    run.mkdir()
+    for name in ("environment.json", "config.yaml", asked.FILE):
+        path = run / name
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_text({"long": "[" + " " * (17 << 20) + "]", "nested": "[" * 100_000, "number": "5"}[kind])
+    with within():
+        for read in (lambda: environment.continued(run, {}), lambda: asked._protocol(run)):
+            assert read() == []
+        for read in (asked.read, task_class, merge._environment, verify._environment, report.recomputed):
+            with pytest.raises(ConfigError) as caught:
+                read(run)
+            assert "\n" not in str(caught.value)
+
+
 def test_what_was_asked_is_bounded(tmp_path):
-    for text in ("[" * 100_000, '{"examples": {"a": 1000000000}, "variants": [["full", ""]]}', '{"examples": {"a": 1}, "variants": [["full"]]}'):
+    many = json.dumps({"examples": {str(i): 100_000 for i in range(5000)}, "variants": [["full", ""]]})
+    for text in (
+        many,
+        "[" * 100_000,
+        '{"examples": {"a": 1000000000}, "variants": [["full", ""]]}',
+        '{"examples": {"a": 1}, "variants": [["full"]]}',
+    ):
         (tmp_path / asked.FILE).write_text(text)
         with pytest.raises(ConfigError, match=asked.FILE):
             asked.read(tmp_path)

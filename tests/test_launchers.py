@@ -1,5 +1,6 @@
 """A sweep of shards by submitit's local executor: separate processes, as on a cluster, without one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ def test_shards_by_submitit_are_the_whole(macbench, tmp_path):  # noqa: F811
     env = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": key, "HFTOKEN": key}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
+    facts = json.loads(next((tmp_path / "sharded").rglob("environment.json")).read_text())
+    assert "method=mac" in facts["command"] and " shard=" in facts["command"] and ".submitit" not in facts["command"]
     files = [path for path in (tmp_path / "sharded").rglob("*") if path.is_file()]
     assert {"multirun.yaml", "config.yaml"} <= {path.name for path in files} and any(path.suffix == ".pkl" for path in files)
     assert not [str(path) for path in files if key.encode() in path.read_bytes()] and key not in done.stdout + done.stderr

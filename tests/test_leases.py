@@ -186,6 +186,55 @@ def test_a_file_system_without_locks(tmp_path, clock, monkeypatch):
     two.close()
 
 
+@pytest.mark.parametrize("content", ["", '00000000000000000000\n{"kernel": ' + f'"{module.kernel()}"' + "}\n"])
+def test_who_was_killed_while_it_began_leaves_nothing(tmp_path, content):
+    """Its file has no name yet that others know."""
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / ".worker-0123456789ab").write_text(content)
+    mine = Leases(tmp_path)
+    mine.close()
+    assert mine.last and not (tmp_path / "leases").exists()
+
+
+def test_who_is_cleared_away_while_it_begins_begins_anew(tmp_path, monkeypatch):
+    flock, times = module.fcntl.flock, []
+
+    def slow(file, how):
+        if not times:
+            times.append(True)
+            assert module.leftovers(tmp_path)
+        flock(file, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", slow)
+    late = Leases(tmp_path)
+    assert times and late.claim(PART)
+    late.close()
+    assert late.last
+
+
+def test_a_full_disk_leaves_no_worker(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        Leases(tmp_path)
+    assert not list((tmp_path / "leases").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "nested"])
+def test_files_of_workers_that_nobody_wrote(tmp_path, kind):
+    (tmp_path / "leases").mkdir()
+    path = tmp_path / "leases" / "worker-0123456789ab"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("0\n" + "[" * 4000)
+    assert module.look(path)[0] in (None, False)
+
+
 def test_leases_of_a_copied_run_are_nobodys(tmp_path):
     (tmp_path / "leases").mkdir()
     (tmp_path / "leases" / f"{PART}.0").symlink_to("worker-that-stayed-behind")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from macbench import environment, merge, pack, status, verify
 from macbench import run as run_module
+from macbench.errors import ConfigError
 from macbench.leases import Leases
 from macbench.models import fingerprint
 from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
@@ -210,6 +212,51 @@ def test_status_counts_what_is_done_failed_running_and_missing(run, tool):
     assert status.status(run)["running"] == 0 and status.status(run)["per hour"] == "-"
 
 
+def test_what_others_wrote_commands_no_terminal(run, tool):
+    worker = run / "leases" / "worker-0123456789ab"
+    worker.parent.mkdir()
+    worker.write_text('0\n{"host": "\\u001b[31mred\\n' + "x" * 1000 + '", "pid": 1}\n')
+    (run / "leases" / f"{part_name('niah_single_1', '0')}.0").symlink_to(worker.name)
+    code, out, _ = tool(status, run)
+    assert code == 0 and "red" in out and "\x1b" not in out and max(map(len, out.splitlines())) < 600 and len(out.splitlines()) == 2
+    rewrite(first(run, "samples"), lambda rows: rows[0].update(error="\x1b[31mred\nline"))
+    code, out, _ = tool(verify, run, "examples=0")
+    assert code == 1 and "[31mred line" in out and "\x1b" not in out
+
+
+def test_a_configuration_with_a_value_missing_is_one_line(run, tool):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"(?m)^seed: .*", "seed: ???", text))
+    code, _, err = tool(verify, run, "examples=1", "device=cpu")
+    assert code == 2 and err.count("\n") == 1 and "seed" in err
+
+
+@pytest.mark.parametrize("change", ["page_size: 0", "prefill_chunk: -5", "prefill_chunk: x"])
+def test_a_configuration_with_numbers_out_of_range_is_one_line(run, tool, change):
+    text, key = (run / "config.yaml").read_text(), change.partition(":")[0]
+    (run / "config.yaml").write_text(re.sub(rf"(?m){key}: .*", change, text))
+    code, _, err = tool(verify, run, "examples=1", "device=cpu")
+    assert code == 2 and err.count("\n") == 1 and f"engine.{key}=" in err
+
+
+@pytest.mark.parametrize("table", ["samples", "steps", "layers"])
+def test_a_flipped_bit_is_no_other_number(run, table):
+    """What is read of a run is what was written, or the part is named."""
+    part = first(run, table)
+    whole, before = part.read_bytes(), read_table(run, table)
+    told = 0
+    for place in range(0, len(whole), len(whole) // 150):
+        content = bytearray(whole)
+        content[place] ^= 0x80
+        part.write_bytes(content)
+        try:
+            pd.testing.assert_frame_equal(read_table(run, table, complete=True), before)
+        except ConfigError as error:
+            told += 1
+            assert part.name in str(error)
+    assert told > 50
+
+
 def test_status_goes_on_past_a_damaged_run(run, tool):
     part = first(run, "samples")
     part.write_bytes(part.read_bytes()[:60])
@@ -243,6 +290,15 @@ def test_a_failed_example_is_replaced_by_a_good_one_and_never_the_other_way(run,
     rewrite(first(run, "samples"), lambda rows: rows[0].update(error="RuntimeError: no"))
     shutil.copytree(made[0], tmp_path / "good")
     assert "0 taken, 4 kept" in tool(merge, tmp_path / "good", tmp_path / "runs")[1]
+
+
+def test_an_example_that_lacks_a_part_is_taken_and_a_damaged_one_is_named(run, made, tmp_path, tool):
+    first(run, "steps").unlink()
+    code, out, _ = tool(merge, tmp_path / "runs", made[0])
+    assert code == 0 and "1 taken, 3 kept" in out and tool(verify, run, "examples=0")[0] == 0
+    first(run, "samples").write_bytes(b"PAR1")
+    code, _, err = tool(merge, tmp_path / "runs", made[0])
+    assert code == 2 and f"TARGET={first(run, 'samples')}" in err
 
 
 @pytest.mark.parametrize("change", ["protocol", "identity", "schema", "name", "rows", "run", "cut", "busy", "itself", "nothing"])

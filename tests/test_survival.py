@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from macbench import generate
+from macbench import asked, generate, verify
 from macbench import run as run_module
 from macbench.engine import Engine
 from macbench.errors import ConfigError
@@ -155,6 +155,35 @@ def test_what_another_process_recorded_meanwhile_is_not_made_again(macbench, tin
     monkeypatch.setattr(Engine, "prefill", None)
     code, out, _ = macbench(*args)
     assert code == 0 and "niah_single_1" in out and len(samples(tmp_path)) == 3
+
+
+def test_a_sweep_on_a_full_disk_is_one_line(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    args = [*tiny_args, "method=full", "limit=0,-1", "-m"]
+    with monkeypatch.context() as patch:
+        patch.setattr("macbench.sweep.tempfile.mkstemp", full)  # no room for a job's exit code
+        code, _, err = macbench(*args)
+        assert code == 2 and "Traceback" not in err and "limit=0" in err
+    monkeypatch.setattr("macbench.sweep.tempfile.mkdtemp", full)
+    code, _, err = macbench(*args)
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err
+
+
+def test_two_commands_that_ask_for_different_numbers(macbench, tiny_args, tmp_path, monkeypatch):  # noqa: F811
+    """A shorter one ends while a longer one is at work: what stays is the longer one's, question and table."""
+    args, load = [*tiny_args, "method=full"], run_module.load
+
+    def meanwhile(*given):
+        monkeypatch.setattr(run_module, "load", load)
+        assert macbench(*args, "limit=1")[0] == 0
+        return load(*given)
+
+    monkeypatch.setattr(run_module, "load", meanwhile)
+    assert macbench(*args, "limit=3")[0] == 0
+    (run,) = (p.parent for p in (tmp_path / "runs").rglob("config.yaml"))
+    assert list(asked.read(run).examples.values()) == [3] and not verify.verify(run).wrong
 
 
 def test_shards_are_the_whole(macbench, tmp_path):  # noqa: F811

@@ -7,6 +7,7 @@ every adapted linear layer as int8 and one float32 scale a row (``<name>.A``, ``
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from macbench.errors import ConfigError
 
 FORMAT = "macbench-lora-int8-1"
+MOST_POSITIONS = 1 << 26
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -48,12 +50,20 @@ def save(path: Path, factors: Factors, header: Header) -> None:
 
 def read(path: Path) -> tuple[Factors, Header]:
     """A and B of every layer, float32, and the header."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     header = read_header(path)
-    with safe_open(path, "pt") as file:
-        x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safe_open is no dictionary)
-    names = [name.removesuffix(".A") for name in x if name.endswith(".A")]
+    try:
+        with safe_open(path, "pt") as file:
+            x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safe_open is no dictionary)
+        names = [name.removesuffix(".A") for name in x if name.endswith(".A")]
+        if not names:
+            raise ValueError("it has no factors")
+        for name in (f"{name}.{part}" for name in names for part in "AB"):
+            if x[name].dim() != 2 or x[f"{name}_scale"].shape != x[name].shape[:1]:
+                raise ValueError(f"{name} or its scales have another shape")
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ConfigError("model.adapter", path, f"cannot be read as an adapter ({error})") from None
     return {name: tuple(x[f"{name}.{part}"].float() * x[f"{name}.{part}_scale"][:, None] for part in "AB") for name in names}, header
 
 
@@ -65,9 +75,18 @@ def read_header(path: Path) -> Header:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ConfigError("model.adapter", path, f"its format is {metadata.get('format')}, must be {FORMAT}")
-        return Header(**json.loads(metadata["adapter"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        header = Header(**json.loads(metadata["adapter"]))
+        if not (_number(header.rope_theta) and header.rope_theta > 0 and _number(header.scale) and _number(header.positions, int)):
+            raise ValueError("its header has a number that is none")
+        if not 1 <= header.positions <= MOST_POSITIONS:
+            raise ValueError(f"its header has {header.positions} positions, must be 1 to {MOST_POSITIONS}")
+        return header
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError("model.adapter", path, f"cannot be read as an adapter ({error})") from None
+
+
+def _number(value: object, kinds: type = int | float) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def packaged(name: str) -> Path:
@@ -109,9 +128,9 @@ def merge(network: torch.nn.Module, factors: Factors, scale: float, fail: Callab
     for name, (a, b) in factors.items():
         try:
             weight = network.get_parameter(f"{name}.weight")
-            delta = scale * b.to(weight.device) @ a.to(weight.device)
-            if delta.shape != weight.shape:
+            if (*b.shape[:1], *a.shape[1:]) != weight.shape:  # before a product is made of it
                 raise AttributeError(f"{name} has another shape")
+            delta = scale * b.to(weight.device) @ a.to(weight.device)
         except (AttributeError, RuntimeError) as error:
             raise fail(f"does not fit the model ({error})") from None
         with torch.no_grad():

@@ -39,7 +39,7 @@ def check_folder(where: str) -> None:
     folder = Path(where)
     if not folder.is_dir():
         return
-    root = folder.parents[1] if folder.resolve().parent.name == "snapshots" else folder  # the hub's cache links to its blobs
+    root = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder  # the hub's cache links to its blobs
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.resolve().is_relative_to(root.resolve()):
             raise ConfigError(KEY, path, "is a link to a file outside of the model's folder")

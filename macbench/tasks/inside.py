@@ -11,7 +11,7 @@ def find(key: str, folder: Path, names: tuple[str, ...]) -> Path | None:
     A snapshot in the hub's cache is made of links to its own blobs; those are inside.
     """
     path = next((folder / name for name in names if (folder / name).is_file()), None)
-    root = folder.parents[1] if folder.resolve().parent.name == "snapshots" else folder
+    root = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder
     if path is not None and not path.resolve().is_relative_to(root.resolve()):
         raise ConfigError(key, path, "is a link to a file outside of its folder; copy the file, or name the folder it is in")
     return path

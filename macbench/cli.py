@@ -50,7 +50,7 @@ def _wants_long_model(argv: list[str]) -> bool:
 
     if any(a.startswith(("model=", "model.path=")) for a in argv):
         return False
-    contexts = [n for a in argv if a.startswith("ctx=") for n in re.findall(r"\b\d+[kK]?\b(?!\.)", a)]
+    contexts = [n for a in argv if a.startswith("ctx=") for n in re.findall(r"\b\d{1,18}[kK]?\b(?!\.)", a)]
     longest = max((parse_ctx(n) for n in contexts if int(n.rstrip("kK"))), default=0)
     return longest > DEFAULT_POSITIONS and packaged(load_option("model", LONG_MODEL).adapter).is_file()
 
@@ -89,7 +89,7 @@ def sweep_folder(config: DictConfig) -> Path:
 def _parse(text: str):
     try:
         return OverridesParser.create().parse_override(text)
-    except (OverrideParseException, HydraException) as error:
+    except (OverrideParseException, HydraException, ValueError, RecursionError) as error:  # thousands of digits or brackets
         key, _, value = text.partition("=")
         raise ConfigError(key, value, "is not a valid override; write key=value, and quote values with spaces, commas or brackets") from error
 
@@ -134,7 +134,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
 
 def parse_ctx(value: object) -> int:
     """Tokens of a context: an integer, or one with the suffix k = 1024."""
-    found = re.fullmatch(r"(\d+)([kK]?)", str(value).strip())
+    found = re.fullmatch(r"(\d{1,18})([kK]?)", str(value).strip())
     tokens = int(found.group(1)) * (1024 if found.group(2) else 1) if found else 0
     if tokens < 1:
         raise ConfigError("ctx", value, "must be a positive integer, or one with k = 1024, such as 4096, 4k or 120k")

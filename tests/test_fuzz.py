@@ -169,6 +169,14 @@ def test_random_contexts(text):
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 5000 + "k", "[" * 3000 + "]" * 3000, "{a:" * 3000 + "1" + "}" * 3000])
+def test_values_without_an_end(macbench, tmp_path, value):  # noqa: F811
+    for key in ("ctx", "seed", "++grid.tau"):
+        with within():
+            code, _, err = macbench(f"{key}={value}", f"runs_dir={tmp_path}")
+        assert code == 2 and err.count("\n") == 1 and err.startswith("macbench: ")
+
+
 KEYS = [
     *("ctx", "batch", "limit", "shard", "retry", "compare", "follow", "grid", "grid.tau", "budget", "seed", "device", "backend", "runs_dir"),
     *(

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from macbench_kernels import kernels
+from macbench_kernels.quantised import unpack
 
 from macbench.counting import Ledger, Shape
 from macbench.errors import ConfigError
@@ -86,9 +87,10 @@ def method(request):
 
 def stored(method, x, length, side):
     """[Hkv, length, d] in float64 as the method reads it, from the definition."""
-    codes = method.codes[0][side].scheme
+    codes = method.codes[0][side]
     stop = length if isinstance(method, INT8) else [n.item() for n in method._stops(torch.tensor(length))][side]
-    return torch.stack([torch.cat([restored(codes, head[:stop]), head[stop:length].double()]) for head in x])
+    kept = unpack(codes.words[0, :, :stop], codes.scheme.bits)
+    return torch.stack([torch.cat([restored(codes.scheme, head[:stop], own), head[stop:length].double()]) for head, own in zip(x, kept, strict=True)])
 
 
 @pytest.mark.parametrize(("backend", "prompt"), [("torch", 20), ("torch", 100), ("torch", 126), ("triton", 126)])

@@ -15,6 +15,7 @@ import pandas as pd
 from analysis.load import compared, run_folders
 from analysis.sanity import RUNS
 from analysis.table import markdown
+from macbench import parts
 from macbench.errors import ConfigError
 from macbench.summary import REFERENCE, headline, summarise
 
@@ -55,7 +56,7 @@ def _shares(rows: dict) -> str:
 def step_times() -> pd.DataFrame | None:
     """The reference's step times, by ctx, method and budget; None without."""
     files = sorted(Path().glob(REFERENCE_TIMES))
-    return pd.read_parquet(files[0]).set_index(["ctx", "method", "budget"]).ms_p50 if files else None
+    return parts.read(files[0]).to_pandas().set_index(["ctx", "method", "budget"]).ms_p50 if files else None
 
 
 def full(folders: list[Path], times: pd.Series | None = None) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.load import run_folders, samples
+from macbench import parts
 from macbench.errors import ConfigError, one_line
 from macbench.records import KEY, read_table
 from macbench.summary import headline, summarise
@@ -84,18 +84,23 @@ def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     if not path.exists():
         raise Missing(f"{path} is not there")
     try:
-        lacking = [c for c in columns if c not in pq.read_schema(path).names]
+        lacking = [c for c in columns if c not in _schema(path).names]
         if lacking:
             raise Missing(f"{path} has no column {', '.join(lacking)}")
-        return pq.read_table(path, columns=columns).to_pandas()
+        return parts.read(path, columns).to_pandas()
     except (OSError, pa.ArrowException) as error:
         raise Missing(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def _schema(path: Path) -> pa.Schema:
+    with parts.opened(path) as file:
+        return file.schema_arrow
 
 
 def facts(path: Path) -> dict:
     """The metadata of a parquet file of macbench; {} if it has none or is damaged, which ``read`` reports."""
     try:
-        return json.loads((pq.read_schema(path).metadata or {}).get(b"macbench", b"{}"))
+        return json.loads((_schema(path).metadata or {}).get(b"macbench", b"{}"))
     except (OSError, ValueError, pa.ArrowException):
         return {}
 
@@ -103,7 +108,7 @@ def facts(path: Path) -> dict:
 def times_methods(path: Path) -> bool:
     """Whether a file is one of ``macbench.attention methods``, by its schema; False of a damaged one."""
     try:
-        return bool({"bytes_counted", "rho_bytes"} & set(pq.read_schema(path).names))
+        return bool({"bytes_counted", "rho_bytes"} & set(_schema(path).names))
     except (OSError, pa.ArrowException):
         return False
 
@@ -172,13 +177,13 @@ class Records:
 
     def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
         """A table of an accuracy run."""
-        parts = sorted((run / name).glob("part-*.parquet"))
-        if not parts:
+        found = sorted((run / name).glob("part-*.parquet"))
+        if not found:
             raise Missing(f"{run / name} has no parts")
         columns = list(columns)
-        for part in parts:
+        for part in found:
             read(part, columns[:1])
-        lacking = {c for part in parts for c in columns if c not in pq.read_schema(part).names}
+        lacking = {c for part in found for c in columns if c not in _schema(part).names}
         if lacking:
             raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
         return read_table(run, name, columns)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from macbench import asked
+from macbench import asked, parts
 from macbench.environment import continued
 from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_in_order
@@ -89,7 +88,7 @@ def _rows(path: Path, key: str) -> pd.DataFrame:
 def _checked(path: Path, table: str, key: str) -> pa.Table:
     """A part with the schema of now and the rows of its name, every page checked."""
     try:
-        data = pq.read_table(path, page_checksum_verification=True)
+        data = parts.read(path)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(key, path, f"cannot be read ({one_line(error)})") from None
     if not data.schema.equals(SCHEMAS[table]):

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from macbench import asked
+from macbench import asked, parts
 from macbench.environment import label
 from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_whole
@@ -93,7 +93,7 @@ def _trace(run: Path, target: Path, config: str, environment: dict, hide) -> Pat
     hidden = hide(json.dumps({key: value for key, value in environment.items() if key != "host"}, indent=1))
     for table, fields in trace.SCHEMAS.items():
         try:
-            data = pq.read_table(run / f"{table}.parquet", schema=pa.schema(fields))
+            data = _shaped(parts.read(run / f"{table}.parquet"), pa.schema(fields))
         except (OSError, pa.ArrowException) as error:
             raise ConfigError("RUN", run / f"{table}.parquet", f"cannot be read ({one_line(error)})") from None
         data = data.replace_schema_metadata({"macbench": hidden})
@@ -118,10 +118,10 @@ def _hider(config, command: str):
 
 def _table(run: Path, table: str, done: list[str]) -> pa.Table:
     """All parts as one, in the schema of now; they must be the work of one version on one kind of machine."""
-    schema, parts, makers = SCHEMAS[table], [], set()
+    schema, found, makers = SCHEMAS[table], [], set()
     for path in sorted((run / table).glob("part-*.parquet")):
         try:
-            data = pq.read_table(path, page_checksum_verification=True)
+            data = parts.read(path)
         except (OSError, pa.ArrowException) as error:
             raise ConfigError("RUN", path, f"cannot be read ({one_line(error)})") from None
         foreign = [field.name for field in data.schema if field not in list(schema)]
@@ -131,15 +131,20 @@ def _table(run: Path, table: str, done: list[str]) -> pa.Table:
         note = f"{table} had no {', '.join(absent)}"
         if absent and note not in done:
             done.append(note)
-        columns = [data[f.name] if f.name in data.schema.names else pa.nulls(len(data), f.type) for f in schema]
-        parts.append(pa.Table.from_arrays(columns, schema=schema))
+        found.append(_shaped(data, schema))
         metadata = (data.schema.metadata or {}).get(b"macbench")
         makers.add(label(metadata))
-    if not parts:
+    if not found:
         raise ConfigError("RUN", run, f"has no {table}")
     if len(makers) > 1:
         raise ConfigError("RUN", run, f"was made by {len(makers)} versions or machines ({'; '.join(sorted(makers))}); only one can be packed")
-    return pa.concat_tables(parts).replace_schema_metadata({"macbench": metadata or b"{}"})
+    return pa.concat_tables(found).replace_schema_metadata({"macbench": metadata or b"{}"})
+
+
+def _shaped(data: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema; those that the table lacks are null."""
+    columns = [data[f.name].cast(f.type) if f.name in data.schema.names else pa.nulls(len(data), f.type) for f in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _json(path: Path) -> dict:

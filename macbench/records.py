@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from macbench import parts
 from macbench.errors import ConfigError, one_line
 from macbench.files import SCRATCH, write_in_order
 from macbench.redact import redact
@@ -231,13 +232,13 @@ def read_table(path: Path | str, table: str, columns: list[str] | None = None, c
 
     ``complete``: leave out parts whose counterpart in another table is missing; damaged counterparts are errors too.
     """
-    parts = sorted((Path(path) / table).glob("part-*.parquet"))
+    found = sorted((Path(path) / table).glob("part-*.parquet"))
     if complete:
-        parts = [part for part in parts if all(_readable(part.parent.parent / other / part.name) for other in SCHEMAS)]
+        found = [part for part in found if all(_readable(part.parent.parent / other / part.name) for other in SCHEMAS)]
     frames = []
-    for part in parts:
+    for part in found:
         try:
-            data = pq.read_table(part, columns=columns, page_checksum_verification=True)
+            data = parts.read(part, columns)
             if other := [field.name for field in data.schema if not _same_kind(field, table)]:
                 raise ValueError(f"column {other[0]} is of another kind")
             if absent := {*SCHEMAS[table].names} - {*data.schema.names} - _LATER[table] if columns is None else None:
@@ -271,7 +272,10 @@ def _stacked(blocks: list[dict], schema: pa.Schema) -> pa.Table:
 def _readable(part: Path) -> bool:
     """Whether a part is there; raises if it is there but damaged (its footer is read, not its rows)."""
     try:
-        return part.exists() and pq.read_metadata(part).num_columns > 0
+        if not part.exists():
+            return False
+        with parts.opened(part) as file:
+            return file.metadata.num_columns > 0
     except (OSError, pa.ArrowException, ValueError) as error:
         raise _damaged(part, error) from error
 

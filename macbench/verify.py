@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from macbench import asked
+from macbench import asked, parts
 from macbench.counting import TOTALS
 from macbench.environment import label
 from macbench.errors import ConfigError, ending, one_line, printable
@@ -87,7 +86,7 @@ def _parts(run: Path, found: Findings) -> tuple[dict[str, pd.DataFrame], dict[st
         for name in sorted(names[table]):
             path = run / table / name
             try:
-                data = pq.read_table(path, page_checksum_verification=True)
+                data = parts.read(path)
             except (OSError, pa.ArrowException) as error:
                 found.wrong.append(f"{path} cannot be read ({one_line(error)})")
                 continue

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow as pa
@@ -14,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from macbench import environment, merge, pack, status, verify
+from macbench import environment, merge, pack, report, status, verify
 from macbench import run as run_module
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, ending
 from macbench.leases import Leases
 from macbench.models import fingerprint
 from macbench.records import KEY, SCHEMAS, config_hash, part_name, read_table
@@ -407,3 +408,31 @@ def test_what_cannot_be_packed(run, tmp_path, tool, what):
         change(path, lambda data: data.append_column("x", pa.array(range(len(data)))))
     code, _, err = tool(pack, tmp_path / "kept", run)
     assert code == 2 and err.count("\n") == 1 and not any((tmp_path / "kept").rglob("*.parquet"))
+
+
+# -- parts that are small on the disk ---------------------------------------------------------------------------------
+
+
+def test_a_part_that_would_fill_the_memory_is_one_line(run, made, tmp_path, tool):
+    """Every text of a row is the same half of a megabyte, in a file of less: whatever reads runs names it and its limit."""
+    part, schema = first(run, "samples"), SCHEMAS["samples"]
+    texts = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), 400), ["x" * 500_000])
+    columns = [texts if kind == pa.string() else pa.nulls(400, kind) for kind in schema.types]
+    pq.write_table(pa.Table.from_arrays(columns, names=schema.names), part, store_schema=False)
+    assert part.stat().st_size < 300_000
+
+    def reported():
+        with ending():
+            report.main([str(run)])
+
+    for module, args, codes in (
+        (verify, [run, "examples=0"], (1,)),
+        (merge, [tmp_path / "other", run.parents[3]], (2,)),
+        (merge, [run.parents[3], made[0]], (2,)),
+        (pack, [tmp_path / "kept", run], (2,)),
+        (SimpleNamespace(main=reported), [], (2,)),
+        (status, [run.parents[3]], (0,)),
+    ):
+        code, out, err = tool(module, *args)
+        (line,) = [line for line in (out + err).splitlines() if part.name in line]
+        assert code in codes and "would take" in line and "a file of 0.2 MB may take 55" in line, (module, out, err)

@@ -7,6 +7,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from macbench import parts
+from macbench.errors import ConfigError, one_line
 from macbench.files import write_whole
 from macbench.redact import redact
 
@@ -50,9 +52,16 @@ def write(folder: Path, frames: dict[str, pd.DataFrame], facts: dict) -> None:
 
 
 def read(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables of the texts that are finished there; nothing if there are none."""
+    """The tables of the texts that are finished there; nothing if there are none. A damaged one is a ConfigError that names it."""
     if not (folder / "texts.parquet").exists():
         return {}
-    found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in SCHEMAS}
+    found = {name: _table(folder / f"{name}.parquet") for name in SCHEMAS}
     whole = found["texts"][KEY]
     return {name: frame.merge(whole, on=KEY) for name, frame in found.items()}
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        return parts.read(path).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError("runs_dir", path, f"cannot be read ({one_line(error)}); delete its folder to have the trace made again") from error

@@ -12,17 +12,22 @@ sample row says so: ``meta.resumed_at`` lists the token counts at which a genera
 import contextlib
 import hashlib
 import json
+import math
 import shutil
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from macbench.counting import COUNTS
 from macbench.engine import Generation
+from macbench.errors import one_line, printable
 from macbench.files import write_whole
 from macbench.tasks.base import Example
 
 EVERY = 512  # decode steps between parts
+MOST = 16 << 20  # bytes of one of a part's arrays: 512 steps of 128 layers have half a megabyte
 
 
 class Partial:
@@ -69,15 +74,17 @@ class Partial:
         return whole
 
     def load(self) -> Generation | None:
-        """What the parts on disk hold, or None. A part that cannot be read ends it: the ones before it are still good."""
+        """What the parts on disk hold, or None. A part that cannot be read ends it, which a line says: the ones before it are still good."""
         whole = None
         for file in self._files():
             try:
+                _judge(file)
                 with np.load(file, allow_pickle=False) as data:
                     counts = {name: data[name] for name in COUNTS}
                     tokens, seconds, positions = data["tokens"].tolist(), data["seconds"], data["positions"]
                     part = Generation(tokens, str(data["reason"]), seconds, float(data["setup"]), counts, positions)
-            except Exception:  # whatever a damaged file makes zipfile, zlib or numpy raise
+            except Exception as error:  # whatever a damaged file makes zipfile, zlib or numpy raise
+                print(f"macbench: note: {printable(f'{file}: cannot be read ({one_line(error)}); its steps are made again')}", file=sys.stderr)
                 for bad in self._files()[self._files().index(file) :]:
                     bad.unlink()
                 break
@@ -97,6 +104,19 @@ def clear(run: Path, example: Example) -> None:
     shutil.rmtree(example_folder(run, example), ignore_errors=True)
     with contextlib.suppress(OSError):  # others' parts are in it, or another process was faster
         (run / "partial").rmdir()
+
+
+def _judge(file: Path) -> None:
+    """Raise a ValueError, before any array is read, if one would take more than ``MOST`` bytes: a header of a few can promise any number."""
+    with zipfile.ZipFile(file) as members:
+        for name in members.namelist():
+            with members.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            size = math.prod(shape) * dtype.itemsize
+            if size > MOST:
+                raise ValueError(f"{name} would take {size / 1e6:.1f} MB of memory, and may take {MOST / 1e6:.1f} MB")
 
 
 def _rest(generation: Generation) -> tuple:

@@ -1,13 +1,18 @@
-"""Parquet files that are small on the disk and large in memory."""
+"""Files of runs that are small on the disk and large in memory."""
 
 import os
+import tracemalloc
+import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from macbench import parts
+from macbench.partial import Partial
 from macbench.records import SCHEMAS
+from macbench.tasks.base import Example
 from tests.test_hostile import within
 
 
@@ -86,3 +91,25 @@ def test_a_pipe_is_no_part(tmp_path):
         assert refused(tmp_path / "a.parquet") == "it is no file"
     with pytest.raises(FileNotFoundError):
         parts.read(tmp_path / "b.parquet")
+
+
+# -- generations that were interrupted --------------------------------------------------------------------------------
+
+
+def test_an_array_that_its_header_makes_large(tmp_path, capsys):
+    """Two gigabytes by a header, of which the file has nothing, or all of it as zeros: not read, and one line says so."""
+    example = Example("a", "0", "", [1, 2], [], 3)
+    for zeros in (0, 32 << 20):
+        path = Partial(tmp_path, "full", "", example).folder / "part-00000.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as members, members.open("tokens.npy", "w") as member:
+            shape = (zeros // 8 or 1 << 28,)
+            np.lib.format.write_array_header_1_0(member, {"descr": "<i8", "fortran_order": False, "shape": shape})
+            member.write(bytes(zeros))
+        assert path.stat().st_size < 100_000
+        tracemalloc.start()
+        assert Partial(tmp_path, "full", "", example).earlier is None and not path.exists()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(path) in line and f"tokens.npy would take {8 * shape[0] / 1e6:.1f} MB" in line and "may take 16.8 MB" in line

@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and stay there once they are: neither a kill nor a power cut takes them back."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import IO
 
 # How the name of a file begins that is being written, or whose writer was killed.
 SCRATCH = ".writing-"
+# What says that a disk did not keep a folder; anything else, that its file system keeps folders by itself or cannot be asked to.
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 Write = Callable[[IO[bytes]], object]
 
 
@@ -19,8 +22,8 @@ def write_whole(target: Path, write: Write) -> None:
 
 
 def write_in_order(files: list[tuple[Path, Write]]) -> None:
-    """Several files, each as by ``write_whole``. They appear one after the other once all are safe on the disk; a journal that is asked for
-    all of them at once writes them for little more than the price of one."""
+    """Several files, each as by ``write_whole``. They appear one after the other once all are safe on the disk, and then their names are made
+    safe, too; a journal that is asked for all of them at once writes them for little more than the price of one."""
     with ExitStack() as stack:
         opened = []
         for target, write in files:
@@ -31,5 +34,28 @@ def write_in_order(files: list[tuple[Path, Write]]) -> None:
             opened.append(file)
         with ThreadPoolExecutor(len(files)) as threads:
             list(threads.map(os.fsync, [file.fileno() for file in opened]))
-        for (target, _), file in zip(files, opened, strict=True):
-            os.replace(file.name, target)
+            for (target, _), file in zip(files, opened, strict=True):
+                os.replace(file.name, target)
+            list(threads.map(_keep, {target.parent for target, _ in files}))
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, as far as they are not there yet, as safe on the disk as what will be written into it."""
+    new = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _keep(folder.parent)
+
+
+def _keep(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    file = None
+    try:
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(file)
+    except OSError as error:
+        if error.errno in _LOST:
+            raise
+    finally:
+        if file is not None:
+            os.close(file)

@@ -23,7 +23,7 @@ import numpy as np
 from macbench.counting import COUNTS
 from macbench.engine import Generation
 from macbench.errors import one_line, printable
-from macbench.files import write_whole
+from macbench.files import make_folder, write_whole
 from macbench.tasks.base import Example
 
 EVERY = 512  # decode steps between parts
@@ -55,7 +55,7 @@ class Partial:
         } | {name: generation.counts[name][new] for name in COUNTS}
         while not self.folder.is_dir():
             with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder above
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
         write_whole(self.folder / f"part-{self._parts:05}.npz", lambda file: np.savez_compressed(file, **arrays))
         self._parts, self._tokens, self._steps = self._parts + 1, len(generation.tokens), len(generation.step_seconds)
 

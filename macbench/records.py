@@ -6,7 +6,7 @@
         steps/part-*.parquet     a row per decode step
         layers/part-*.parquet    a row per example, variant and layer
 
-A part is written whole (temporary file, fsync, rename), so that a killed run leaves complete parts only. The sample part of an
+A part is written whole (temporary file, fsync, rename, fsync of the folder), so that a killed run leaves complete parts only. The sample part of an
 example is written last: an example counts as done when it is there, and a rerun makes only what is missing. A part's name follows from
 its example, so that however many processes work on a run (see ``leases.py``) there is one row per example and variant.
 """
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from macbench import parts
 from macbench.errors import ConfigError, one_line
-from macbench.files import SCRATCH, write_in_order
+from macbench.files import SCRATCH, make_folder, write_in_order
 from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
@@ -166,7 +166,7 @@ class RunDirectory:
         self.path = Path(path)
         try:
             for table in SCHEMAS:
-                (self.path / table).mkdir(parents=True, exist_ok=True)
+                make_folder(self.path / table)
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from macbench.errors import ConfigError
+from macbench.files import make_folder, write_whole
 from macbench.redact import redact
 
 _TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
@@ -28,10 +29,10 @@ SCHEMA = pa.schema(
 
 
 def write(rows: list[dict], path: Path, facts: dict, schema: pa.Schema = SCHEMA) -> None:
-    """One parquet file; ``facts`` (JSON: device, versions, command) goes into its metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """One parquet file, in place of an earlier one as a whole; ``facts`` (JSON: device, versions, command) goes into its metadata."""
+    make_folder(path.parent)
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"macbench": redact(json.dumps(facts))}))
-    pq.write_table(table, path, compression="zstd")
+    write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 def ready(path: Path) -> Path:

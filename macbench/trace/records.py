@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from macbench import parts
 from macbench.errors import ConfigError, one_line
-from macbench.files import write_whole
+from macbench.files import make_folder, write_whole
 from macbench.redact import redact
 
 _TEXT, _REAL = pa.string(), pa.float64()
@@ -43,7 +43,7 @@ SCHEMAS = {
 
 def write(folder: Path, frames: dict[str, pd.DataFrame], facts: dict) -> None:
     """All tables of a trace, each file whole; the one that says which texts there are comes last. Columns that a frame lacks become null."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, fields in sorted(SCHEMAS.items(), key=lambda table: table[0] == "texts"):
         schema = pa.schema(fields, metadata={"macbench": redact(json.dumps(facts, default=str))})
         frame = frames.get(name, pd.DataFrame()).reindex(columns=schema.names)

@@ -2,21 +2,86 @@
 
 It only reads. ``running``: examples whose worker lives, as far as one can know from here: a worker counts as living while its heartbeat
 was written within the last two minutes, unless it is known to be gone. ``rate``: examples per hour since the workers of now began.
+
+Of a trace, examples are its texts; of a table of task=attention or decode, its rows, where ``failed`` are those with an error that is no
+excuse (a package that is not installed, a budget below a method's floor). Who makes them cannot be seen from here, nor, before it is there, a table.
 """
 
+import json
+import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import time
 
 import pandas as pd
+import pyarrow as pa
 
-from macbench import asked
+from macbench import asked, parts
 from macbench.errors import FOREIGN, ConfigError, one_line, printable
 from macbench.leases import STALE, held, look
-from macbench.records import find_runs, part_name, read_table
+from macbench.records import part_name, read_table
 
 _WIDEST = 200  # characters of a column
+_COLUMNS = ("examples", "done", "failed", "running", "missing", "per hour", "left", "workers")
+_TEXTS = "texts.parquet"  # of a trace; it is written last
+
+
+def found(root: Path) -> Iterator[Path]:
+    """At or below ``root``, in order: run folders, traces' folders, and other parquet files."""
+    for folder, below, files in os.walk(root):
+        run = "samples" in below
+        if (run and "environment.json" in files) or _TEXTS in files:
+            yield Path(folder)
+        elif not run:
+            yield from (Path(folder) / name for name in sorted(files) if name.endswith(".parquet"))
+        below[:] = [] if run or _TEXTS in files else sorted(below)
+
+
+def row(path: Path) -> dict | None:
+    """What is known of one of ``found``; None if it is not ours."""
+    if path.is_file():
+        known = benchmark(path)
+    else:
+        known = trace(path) if (path / _TEXTS).exists() else status(path)
+    return known and {"run": printable(str(path))} | {column: known.get(column, "-") for column in _COLUMNS}
+
+
+def trace(folder: Path) -> dict:
+    """A trace in numbers of texts."""
+    with parts.opened(folder / _TEXTS) as file:
+        done, facts = file.metadata.num_rows, _facts(file.metadata.metadata)
+    whole = facts.get("texts", done if (folder / "config.yaml").exists() else None)  # which is written when every text is there
+    return {"done": done} | ({"examples": int(whole), "missing": int(whole) - done} if whole is not None else {})
+
+
+def benchmark(path: Path) -> dict | None:
+    """A table of task=attention or task=decode in numbers of rows; None if it is something else."""
+    with parts.opened(path) as file:
+        facts, columns = _facts(file.metadata.metadata), file.schema_arrow.names
+    if not facts or "error" not in columns:
+        return None
+    errors = parts.read(path, ["error"])["error"]
+    said = errors.drop_null().to_pylist()
+    known = {"examples": len(errors), "done": len(errors) - len(said), "failed": sum(not _excused(error) for error in said)}
+    return known | ({"missing": 0} if "task" in facts else {})  # macbench.run writes it when every row is there
+
+
+def _excused(error: str) -> bool:
+    """Whether a row says why there is nothing to measure."""
+    from macbench.attention.peers import EXCUSES  # slow to import, and rarely needed
+    from macbench.latency.bench import excused
+
+    return excused(error) or error.startswith(EXCUSES) or "its floor" in error
+
+
+def _facts(metadata: dict | None) -> dict:
+    """What macbench wrote into a parquet file's metadata; nothing if it is not ours."""
+    found = json.loads((metadata or {}).get(b"macbench", b"{}"))
+    if not isinstance(found, dict):
+        raise ValueError("its metadata holds no object")
+    return found
 
 
 def status(run: Path) -> dict:
@@ -24,16 +89,15 @@ def status(run: Path) -> dict:
     wanted = asked.read(run)
     places = {part_name(subtask, str(index)) for subtask, index in wanted.places()}
     rows = read_table(run, "samples", ["subtask", "example_id", "error"], complete=True)
-    found = rows.assign(failed=rows.error.notna()).groupby(["subtask", "example_id"]).failed.agg(["size", "any"])
-    found.index = [part_name(*key) for key in found.index]
-    found = found[found.index.isin(places)]
-    failed, done = int(found["any"].sum()), int(((found["size"] >= len(wanted.variants)) & ~found["any"]).sum())
+    made = rows.assign(failed=rows.error.notna()).groupby(["subtask", "example_id"]).failed.agg(["size", "any"])
+    made.index = [part_name(*key) for key in made.index]
+    made = made[made.index.isin(places)]
+    failed, done = int(made["any"].sum()), int(((made["size"] >= len(wanted.variants)) & ~made["any"]).sum())
     workers = living(run)
     running = places & {part for parts in workers.values() for part in parts["parts"]}
     left = len(places) - done - failed
     per_hour = _rate(run, workers)
     return {
-        "run": printable(str(run)),
         "examples": len(places),
         "done": done,
         "failed": failed,
@@ -47,7 +111,7 @@ def status(run: Path) -> dict:
 
 def living(run: Path) -> dict[str, dict]:
     """Workers with a lease, by host:pid: the ``parts`` they make, and since when they run."""
-    found: dict[str, dict] = {}
+    workers: dict[str, dict] = {}
     for part, lease in held(run).items():
         alive, worker = look(lease)
         try:
@@ -55,9 +119,9 @@ def living(run: Path) -> dict[str, dict]:
         except OSError:
             continue  # just finished
         if alive:
-            who = found.setdefault(f"{worker.get('host')}:{worker.get('pid')}", {"parts": [], "started": worker.get("started")})
+            who = workers.setdefault(f"{worker.get('host')}:{worker.get('pid')}", {"parts": [], "started": worker.get("started")})
             who["parts"].append(part)
-    return found
+    return workers
 
 
 def _rate(run: Path, workers: dict[str, dict]) -> float | None:
@@ -76,16 +140,17 @@ def main() -> None:
     try:
         if not root.is_dir():
             raise ConfigError("runs", root, "is not a folder; python -m macbench.status runs")
-        for run in find_runs(root):
+        for run in found(root):
             try:
-                rows.append(status(run))
+                rows.append(row(run))
             except ConfigError as error:  # a run that cannot be read is no reason to be silent about the others
                 print(f"macbench: note: {error}", file=sys.stderr)
-            except FOREIGN as error:
+            except (*FOREIGN, pa.ArrowException) as error:
                 print(f"macbench: note: {ConfigError('RUN', run, f'cannot be read ({type(error).__name__}: {one_line(error)})')}", file=sys.stderr)
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
+    rows = [known for known in rows if known]
     print(pd.DataFrame(rows).to_string(index=False) if rows else f"no runs below {root}")
 
 

@@ -40,6 +40,7 @@ def run(task: dict, method: dict, model, examples: list, engine: Engine, target:
     ``examples``: see ``prompts.examples``; ``facts``: for the metadata; ``config``: the whole configuration as YAML.
     """
     reach = max(*task["windows"], method["window"])
+    facts = facts | {"texts": len(examples)}
     tables = records.read(target)
     there = set(tables["texts"][records.KEY].itertuples(index=False, name=None)) if tables else set()
     examples = [(name, example) for name, example in examples if (name, example.subtask, example.example_id) not in there]

@@ -27,7 +27,7 @@ def test_a_trace_leaves_its_tables_and_is_not_made_twice(tmp_path, capsys):
     assert accepted.steps.sum() == texts.steps.sum() * 30 * 9 * 10 and wide >= narrow > 0
     assert frames["chains"]["count"].sum() == texts.steps.sum() * 30 * 9
     facts = json.loads(pq.read_schema(folder / "gaps.parquet").metadata[b"macbench"])
-    assert (facts["model"], facts["method"]["band"]) == ("smollm2", 16) and (folder / "config.yaml").exists()
+    assert (facts["model"], facts["method"]["band"], facts["texts"]) == ("smollm2", 16, 1) and (folder / "config.yaml").exists()
     for item in (fig5, table6):
         assert all(drawn.files[0].exists() for drawn in item.make(Records(tmp_path), tmp_path))
     # Kept without where it was made, rows as they are.

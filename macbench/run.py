@@ -197,11 +197,6 @@ def run_decode(cfg: DictConfig) -> int:
     from macbench.latency.command import run as measure
 
     task, method, contexts = _plain(cfg)
-    for key, value in OmegaConf.load(cli.CONF / "config.yaml").engine.items():
-        if cfg.engine[key] != value:
-            raise ConfigError(
-                f"engine.{key}", cfg.engine[key], f"must be {value} with task=decode, whose task.modes=[graph,eager] choose how steps run"
-            )
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731

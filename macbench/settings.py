@@ -1,6 +1,7 @@
 """From the composed configuration to checked values and objects; every mistake is a ConfigError that names its key."""
 
 import importlib
+import json
 import re
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,6 +20,8 @@ MOST_EXAMPLES = 100_000
 SYNTHETIC = ("attention", "decode")
 # Tasks that run one method on their own terms.
 ALONE = (*SYNTHETIC, "trace")
+# What is about answers to examples, which those score none of. (A preset gives all its commands limit, retry and follow, too.)
+_ANSWERS = ("shard", "question_in_prefill", "expect")
 
 
 @dataclass
@@ -77,10 +80,13 @@ def check(cfg: DictConfig) -> None:
     share([], cfg.get("shard"))
     _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
-    known = OmegaConf.load(cli.CONF / "config.yaml").engine
-    for key in cfg.engine:
-        if key not in known:  # as +engine.key=value makes it
-            raise ConfigError(f"engine.{key}", cfg.engine[key], f"no such key; must be one of {', '.join(known)}")
+    defaults = OmegaConf.load(cli.CONF / "config.yaml")
+    for key, value in cfg.engine.items():
+        if key not in defaults.engine:  # as +engine.key=value makes it
+            raise ConfigError(f"engine.{key}", value, f"no such key; must be one of {', '.join(defaults.engine)}")
+        if cfg.task.name in SYNTHETIC and value != (fixed := defaults.engine[key]):
+            said = f"must be {json.dumps(fixed)} with task={cfg.task.name}, whose task.modes=[graph,eager] choose how steps run"
+            raise ConfigError(f"engine.{key}", value, said)
     for key in ("engine.graph", "engine.batch_invariant"):
         _expect(cfg, key, "true or false", lambda v: isinstance(v, bool))
     if cfg.engine.batch_invariant and cfg.task.name not in SYNTHETIC and (cfg.batch or 1) > 1:
@@ -94,6 +100,9 @@ def check(cfg: DictConfig) -> None:
     within = all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b <= 1 for b in budgets(cfg))
     _expect(cfg, "budget", "null, a number above 0 and at most 1 (rho_bytes), or a list of such numbers", lambda v: within and v != [])
     if cfg.task.name in ALONE:
+        for key in _ANSWERS:
+            allowed = f"{json.dumps(defaults[key])} with task={cfg.task.name}, which scores no answers"
+            _expect(cfg, key, allowed, lambda v, key=key: v == defaults[key])
         _expect(cfg, "budget", f"null with task={cfg.task.name}, whose reads follow from no budget", lambda v: v is None)
     _expect(cfg, "runs_dir", "a folder", lambda v: isinstance(v, str) and v != "")
     _expect(cfg, "device", "auto, cpu or cuda", lambda v: isinstance(v, str))

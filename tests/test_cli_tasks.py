@@ -183,3 +183,19 @@ def test_every_text_reaches_its_limit(macbench, base, tmp_path, monkeypatch):  #
     assert code == 0 and "not official" in err
     frame = samples(tmp_path)
     assert set(zip(frame.new_tokens, frame.finish_reason, strict=True)) == {(1, "stop"), (30, "length")} and frame.run_id.nunique() == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("task=attention shard=1/2", "shard=1/2: must be null with task=attention"),
+        ("task=trace shard=1/2", "shard=1/2: must be null with task=trace"),
+        ("task=decode question_in_prefill=false", "question_in_prefill=False: must be true with task=decode"),
+        ("task=attention engine.graph=false", "engine.graph=False: must be true with task=attention, whose task.modes"),
+        ("task=decode task.data_path=/no/such", "task.data_path=/no/such: is not a folder"),
+        ("task=decode task.hit_rate=[real] task.data_path=/proc/1", "task.data_path=/proc/1: has no PaulGrahamEssays.json"),
+    ],
+)
+def test_what_a_benchmark_would_not_heed_is_an_error(macbench, tmp_path, args, said):  # noqa: F811
+    code, _, err = macbench(*args.split(), f"runs_dir={tmp_path}")
+    assert code == 2 and err.startswith(f"macbench: {said}") and err.count("\n") == 1, err

@@ -13,7 +13,7 @@ from macbench.errors import ConfigError, choose, one_line
 from macbench.generate import out_of_memory
 from macbench.latency import table
 from macbench.latency.bench import excused, measure, positions
-from macbench.latency.prompts import essays
+from macbench.latency.prompts import check_folder, essays
 from macbench.methods.mac import MAC
 from macbench.models import random_weights
 from macbench.models.weights import load, load_chat, max_context
@@ -100,6 +100,7 @@ def check(task: dict, method: dict, model, contexts: list[int]) -> dict:
                 raise ConfigError("task.hit_rate", rate, "needs a model with real weights, and stands alone: task.hit_rate=[real]")
         elif isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
             raise ConfigError("task.hit_rate", rate, "must be a number from 0 to 1, or real")
+    check_folder(task.get("data_path"), "real" in knobs["hit_rate"])
     number_list("ctx", contexts, 1)
     most = model["random"]["max_position_embeddings"] if model.get("random") else max_context(model)
     for ctx in contexts:

@@ -14,6 +14,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 from macbench_kernels import PagedKVCache, PagePool
 
+from tests import within
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.interpreter import patch_once
 
@@ -23,6 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
 # What kernels are tested in; half precision under the interpreter would show nothing of a GPU's.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+
+
+def pytest_configure():
+    within.STDERR.append(os.dup(2))  # before anything is kept of what tests print
 
 
 @pytest.fixture(autouse=True)

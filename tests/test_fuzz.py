@@ -25,7 +25,8 @@ from macbench.tasks.ruler.data import Data
 from tests import real
 from tests.tasks import longbench_v2_data, longgenbench_data
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
-from tests.test_hostile import SQUAD, gguf, refused, within  # noqa: F401
+from tests.test_hostile import SQUAD, gguf, refused  # noqa: F401
+from tests.within import within
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

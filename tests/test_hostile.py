@@ -6,8 +6,6 @@ import random
 import shutil
 import struct
 import sys
-import time
-from contextlib import contextmanager
 from urllib.parse import quote
 
 import numpy as np
@@ -30,16 +28,7 @@ from macbench.tasks.recorded import task_class
 from macbench.tasks.ruler.data import Data
 from tests import real
 from tests.test_cli import macbench, tiny_args, tiny_model  # noqa: F401
-
-LONGEST = 10  # seconds
-
-
-@contextmanager
-def within(seconds: float = LONGEST):
-    began = time.monotonic()
-    yield
-    assert time.monotonic() - began < seconds
-
+from tests.within import within
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
 

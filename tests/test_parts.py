@@ -13,7 +13,7 @@ from macbench import parts
 from macbench.partial import Partial
 from macbench.records import SCHEMAS
 from macbench.tasks.base import Example
-from tests.test_hostile import within
+from tests.within import within
 
 
 @pytest.fixture(autouse=True)

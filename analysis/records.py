@@ -109,7 +109,7 @@ def times_methods(path: Path) -> bool:
     """Whether a file is one of ``macbench.attention methods``, by its schema; False of a damaged one."""
     try:
         return bool({"bytes_counted", "rho_bytes"} & set(_schema(path).names))
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return False
 
 

@@ -1,17 +1,24 @@
-"""Parquet files, which somebody else may have written: what one takes in memory is judged by its footer before any row is read.
+"""Parquet files, which somebody else may have written: what one takes in memory is judged by its headers before any row is read.
 
 Dictionaries and runs make a text of a megabyte, repeated for millions of rows, a file of two. A file may become ``FREE`` bytes and ``RATIO``
 times its own size: a million rows of any table of ours pass whatever is in them (0.4 GB), as do ten million that were measured (8 times
-their file).
+their file). Sums in the footer are not believed: a reader takes memory by the headers of the pages. They are read here and not through
+pyarrow, which ends the process over some that are damaged.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from macbench.thrift import structure
+
 FREE, RATIO = 512 << 20, 64
+# Of headers, which take longer to read than they are long: a footer of ours has 10,000 bytes, a file of a million rows 2,000 pages.
+_LONGEST_FOOTER, _MOST_PAGES = 4 << 20, 1 << 17
 
 # Bytes of a value in memory by its physical type; of a text, that is where it ends.
 _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 8}
@@ -20,9 +27,12 @@ _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE"
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Some columns of a parquet file, in this order, or all; checksums of pages are compared. OSError or ArrowException: it cannot be read, is
     no file, lacks a column, or would take too much memory."""
-    with opened(path) as file:
-        _judge(path, file, columns)
-        data = file.read(columns)
+    try:
+        with opened(path) as file:
+            _judge(path, file, columns)
+            data = file.read(columns)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # headers that say something else, names that are no text
+        raise error if isinstance(error, pa.ArrowException) else pa.ArrowInvalid(f"its headers are damaged ({error})") from None
     if absent := [name for name in columns or () if name not in data.schema.names]:
         raise pa.ArrowInvalid(f"it has no column {absent[0]}")
     return data.select(columns) if columns is not None else data
@@ -39,28 +49,56 @@ def _judge(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
     """Raise ArrowInvalid if rows would take more memory than the file may."""
     size = path.stat().st_size
     limit = FREE + RATIO * size
-    sure, texts, worst = 0, [], 0
-    for i in range(file.metadata.num_columns):
-        column = file.schema.column(i)
-        if columns is not None and column.path.partition(".")[0] not in columns:
-            continue
-        width = _WIDTH.get(column.physical_type) or column.length
-        for g in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(g)
-            chunk = group.column(i)
-            values = max(chunk.num_values, group.num_rows)
-            sure += values * width + chunk.total_uncompressed_size
-            worst += values * chunk.total_uncompressed_size * (column.physical_type == "BYTE_ARRAY")
-        if column.physical_type == "BYTE_ARRAY":
-            texts.append(column.path)
+    leaves = [file.schema.column(i) for i in range(file.metadata.num_columns)]
+    wanted = [i for i, leaf in enumerate(leaves) if columns is None or leaf.path.partition(".")[0] in columns]
+    texts = [leaves[i].path for i in wanted if leaves[i].physical_type == "BYTE_ARRAY"]
+    sure = worst = pages = 0
+    with path.open("rb") as raw:
+        for group in _footer(raw, size).get(4, []):
+            for i in wanted:
+                inside = values = 0
+                for page in _pages(raw, group[1][i][3]):
+                    inside += page[2]
+                    values += sum(max(0, page.get(kind, {}).get(1, 0)) for kind in (5, 8))
+                    pages += 1
+                    if pages > _MOST_PAGES:
+                        raise pa.ArrowInvalid(f"it has more than {_MOST_PAGES} pages")
+                values = max(values, group[3])
+                sure += inside + values * (_WIDTH.get(leaves[i].physical_type) or leaves[i].length)
+                worst += inside * values * (leaves[i].physical_type == "BYTE_ARRAY")
     said = f"with {file.metadata.num_rows} rows it would take {{:.1f}} MB of memory, and a file of {size / 1e6:.1f} MB may take {limit / 1e6:.1f} MB"
     if sure > limit:
         raise pa.ArrowInvalid(said.format(sure / 1e6))
     if sure + worst > limit:  # only what the rows refer to tells
         with opened(path, texts) as file:
-            repeated = sum(_bytes(chunk) for column in file.read(texts).columns for chunk in column.chunks)
+            groups = (file.read_row_group(g, texts) for g in range(file.metadata.num_row_groups))  # of all at once, lists would be in pieces
+            repeated = sum(_bytes(chunk) for group in groups for column in group.columns for chunk in column.chunks)
         if sure + repeated > limit:
             raise pa.ArrowInvalid(said.format((sure + repeated) / 1e6))
+
+
+def _footer(raw: BinaryIO, size: int) -> dict:
+    """``FileMetaData`` of parquet-format. 4: row groups, of which 3: rows, 1: column chunks, whose 3 is ``ColumnMetaData``."""
+    raw.seek(size - 8)
+    length = int.from_bytes(raw.read(4), "little")
+    if length > _LONGEST_FOOTER:
+        raise pa.ArrowInvalid(f"its footer has {length} bytes, and may have {_LONGEST_FOOTER}")
+    raw.seek(size - 8 - length)
+    return structure(raw.read(length))[0]
+
+
+def _pages(raw: BinaryIO, column: dict) -> Iterator[dict]:
+    """The ``PageHeader`` of every page of a column chunk. 2: bytes without compression, 3: bytes in the file, 5.1 or 8.1: values.
+
+    ``column``: 7: bytes in the file, 9 and 11: where data and dictionary begin."""
+    raw.seek(min(column[9], column.get(11, 0) or column[9]))
+    content, at = raw.read(column[7]), 0
+    while at < len(content):
+        page, at = structure(content, at)
+        if not 0 <= page[3] <= len(content) - at or page[2] < 0:
+            raise pa.ArrowInvalid("it has a page without a size")
+        at += page[3]
+        yield page
 
 
 def _bytes(texts: pa.Array) -> int:

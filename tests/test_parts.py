@@ -1,5 +1,6 @@
 """Files of runs that are small on the disk and large in memory."""
 
+import contextlib
 import os
 import tracemalloc
 import zipfile
@@ -8,11 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from macbench import parts
 from macbench.partial import Partial
 from macbench.records import SCHEMAS
 from macbench.tasks.base import Example
+from macbench.thrift import structure
 from tests.within import within
 
 
@@ -77,6 +81,83 @@ def test_texts_that_many_rows_share_but_not_the_long_ones(tmp_path):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", store_schema=False)
     data = parts.read(tmp_path / "a.parquet")
     assert data["text"].type == pa.string() and data["text"][0].as_py() == "x" * 500_000 and data["text"][999_999].as_py() == "a"
+
+
+def test_a_footer_that_lies(tmp_path, monkeypatch):
+    """Twenty megabytes in a page, a hundred bytes by the footer, which is all that a reader would have to go by before it reads."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x" * 20_000_000]}), path, compression="zstd", use_dictionary=False, write_statistics=False)
+    size = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    content = path.read_bytes()
+    footer = content[-8 - int.from_bytes(content[-8:-4], "little") :]
+    assert footer.count(varint(size)) == 2  # of the column, and of the row group
+    lies = footer.replace(varint(size), varint(100, len(varint(size))))
+    path.write_bytes(content[: -len(footer)] + lies)
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 100 and pq.read_table(path).nbytes > 20_000_000
+    assert parts.read(path).num_rows == 1
+    monkeypatch.setattr(parts, "FREE", 1 << 20)
+    assert "with 1 rows it would take 20.0 MB" in refused(path)
+
+
+def varint(value: int, length: int = 0) -> bytes:
+    """A positive integer in Thrift's compact protocol, perhaps in more bytes than it needs."""
+    value, found = 2 * value, []
+    while value > 127 or len(found) + 1 < length:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_headers_are_what_the_reference_implementation_reads(tmp_path, version):
+    """Of every column chunk as many values as its metadata says, and, but for the headers themselves, as many bytes."""
+    rng, rows, path = np.random.default_rng(0), range(50_000), tmp_path / "a.parquet"
+    data = pa.table({"n": rng.integers(0, 1000, len(rows)), "text": [str(n) * 9 for n in rows], "lists": [["a"] * (n % 3) for n in rows]})
+    pq.write_table(data, path, data_page_version=version, data_page_size=20_000, row_group_size=30_000, write_page_checksum=True)
+    known = pq.read_metadata(path)
+    with path.open("rb") as raw:
+        groups = parts._footer(raw, path.stat().st_size)[4]
+        assert [group[3] for group in groups] == [30_000, 20_000]
+        for g, group in enumerate(groups):
+            for i, column in enumerate(group[1]):
+                chunk, pages = known.row_group(g).column(i), list(parts._pages(raw, column[3]))
+                assert len(pages) > 1 and sum(page.get(5, page.get(8, {})).get(1, 0) for page in pages) == chunk.num_values
+                assert 0.97 * chunk.total_uncompressed_size < sum(page[2] for page in pages) < chunk.total_uncompressed_size
+    assert parts.read(path).equals(data)
+
+
+@given(st.binary(max_size=60), st.integers(0, 40))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_structures_of_anything(content, cut):
+    """An end within what is there; what readers could take in two ways is none."""
+    page = bytes.fromhex("1500152815282c15041500150615060000")  # a data page of 20 bytes, 2 values
+    assert structure(page) == ({1: 0, 2: 20, 3: 20, 5: {1: 2, 2: 0, 3: 3, 4: 3}}, len(page))
+    for twice in ("1500050200", "15000582800800", "15ffffffff7f00"):  # the first field again, its number beyond 16 bits, a value beyond 32
+        with pytest.raises(ValueError):
+            structure(bytes.fromhex(twice))
+    with within():
+        for some in (content, page[:cut] + content):
+            with contextlib.suppress(ValueError, IndexError):
+                assert structure(some)[1] <= len(some)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_damaged_headers(tmp_path_factory, data):
+    """Bytes of a footer, which has no checksum, or anywhere: read, or refused by an error that readers know."""
+    path = tmp_path_factory.getbasetemp() / "damaged.parquet"
+    if not test_damaged_headers.content:
+        pq.write_table(pa.table({"text": ["a", "b"] * 50, "n": range(100)}), path, write_page_checksum=True)
+        test_damaged_headers.content.append(path.read_bytes())
+    content = bytearray(test_damaged_headers.content[0])
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(4, len(content) - 9))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with within(), contextlib.suppress(OSError, pa.ArrowException):
+        parts.read(path)
+
+
+test_damaged_headers.content = []
 
 
 def test_columns_come_in_the_order_asked_for_or_are_named(tmp_path):

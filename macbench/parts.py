@@ -90,7 +90,9 @@ def _footer(raw: BinaryIO, size: int) -> dict:
 def _pages(raw: BinaryIO, column: dict) -> Iterator[dict]:
     """The ``PageHeader`` of every page of a column chunk. 2: bytes without compression, 3: bytes in the file, 5.1 or 8.1: values.
 
-    ``column``: 7: bytes in the file, 9 and 11: where data and dictionary begin."""
+    ``column``: 5: values, 7: bytes in the file, 9 and 11: where data and dictionary begin."""
+    if column[5] <= 0:  # a table without rows; where data would begin is anywhere
+        return
     raw.seek(min(column[9], column.get(11, 0) or column[9]))
     content, at = raw.read(column[7]), 0
     while at < len(content):

@@ -163,6 +163,8 @@ test_damaged_headers.content = []
 def test_columns_come_in_the_order_asked_for_or_are_named(tmp_path):
     pq.write_table(pa.table({"a": [1], "b": [2], "c": [3]}), tmp_path / "a.parquet")
     assert parts.read(tmp_path / "a.parquet", ["c", "a"]).to_pylist() == [{"c": 3, "a": 1}]
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    assert len(parts.read(tmp_path / "empty.parquet")) == 0
     assert refused(tmp_path / "a.parquet", ["a", "d"]) == "it has no column d"
 
 

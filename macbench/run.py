@@ -202,6 +202,8 @@ def run_decode(cfg: DictConfig) -> int:
             raise ConfigError(
                 f"engine.{key}", cfg.engine[key], f"must be {value} with task=decode, whose task.modes=[graph,eager] choose how steps run"
             )
+    if cfg.model.get("device_map"):
+        raise ConfigError("model.device_map", cfg.model.device_map, "must be null with task=decode, which measures latency")
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731

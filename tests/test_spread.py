@@ -16,6 +16,7 @@ from macbench.methods.full import Full
 from macbench.models import placement
 from macbench.models.adapter import attention_shape
 from macbench.output_error import Measured
+from macbench.trace.text import layers
 from tests.methods.cases import CASES
 from tests.models.tiny import tiny
 from tests.pretended import Pretended, place_of, put
@@ -89,6 +90,8 @@ def test_what_a_layer_needs_lies_on_its_device(two):
             assert {place_of(x) for x in (cache.keys(own), cache.values(own), cache.block_table, cache.lengths, cache.slots)} == {place}
             assert place_of(prompt.queries[layer].q) == place_of(prompt.queries[layer].column_sums) == place
         assert [place_of(ring.out) for part in method.parts for ring in part.rings] == PLACES
+        with layers(engine, PROMPTS[1], 4, 8) as found:  # a trace gathers them on the first device
+            assert {place_of(x) for layer in found for x in (layer.x, layer.q, layer.k, layer.v)} == {HERE}
         engine.release()
         assert not method.parts
 

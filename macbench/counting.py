@@ -34,7 +34,8 @@ class Shape:
     """Sizes of the attention that a method serves. ``scale`` multiplies q.k; ``dtype`` is that of queries and cache.
 
     ``max_tokens``: the most that a request ever sees, prompt and generated; buffers of a method are sized by it. ``rotate``: the model's
-    RoPE, x [..., n, d] and positions int [n] (negative ones undo it) -> [..., n, d].
+    RoPE, x [..., n, d] and positions int [n] (negative ones undo it) -> [..., n, d]. ``devices``: that of every layer, where not all are on
+    ``device``, the first one's. ``first``, ``whole``: of a part of a model's layers the first one, and how many the model has (0: these).
     """
 
     layers: int
@@ -47,6 +48,17 @@ class Shape:
     batch: int = 1
     max_tokens: int = 0
     rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, compare=False)
+    devices: tuple[torch.device, ...] = ()
+    first: int = 0
+    whole: int = 0
+
+    def device_of(self, layer: int) -> str | torch.device:
+        return self.devices[layer] if self.devices else self.device
+
+    @property
+    def model_layers(self) -> int:
+        """Layers of the model, of which these may be a part."""
+        return self.whole or self.layers
 
     @property
     def group(self) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from macbench_kernels import Kernels, PagedKVCache, PagePool
+from macbench_kernels import Kernels, PagePool
 
-from macbench.counting import Ledger, Shape
+from macbench.counting import Shape
 from macbench.methods.base import Method
+from macbench.spread import SpreadPool, make_cache, make_ledger, make_method
 
 # Eager steps before a capture: the first compiles kernels, the second finds every buffer in place.
 _WARM_UP = 2
@@ -37,13 +38,14 @@ class Decoder:
     """Decodes up to ``shape.batch`` requests in step; ``start`` again for the next ones.
 
     ``forward``: see models/forward.py. After ``step``: ``logits`` float32 [B, vocab] and ``chosen`` int64 [B], the greedy choice, which is
-    also what the next step will process unless ``tokens`` int64 [B] is written to. ``graph``: capture the step (CUDA only).
+    also what the next step will process unless ``tokens`` int64 [B] is written to. ``graph``: capture the step (CUDA only, and on one device:
+    a graph does not span several).
     """
 
-    def __init__(self, forward, kernels: Kernels, shape: Shape, pool: PagePool, method: Method, graph: bool):
-        self.forward, self.kernels, self.shape, self.method = forward, kernels, shape, method
-        self.cache = PagedKVCache(pool, shape.batch, -(-shape.max_tokens // pool.page_size))
-        self.ledger = Ledger(shape, method.counted_page)
+    def __init__(self, forward, kernels: Kernels, shape: Shape, pool: PagePool | SpreadPool, method: Method, graph: bool):
+        self.forward, self.kernels, self.shape, self.method = forward, kernels, shape, make_method(method, shape)
+        self.cache = make_cache(pool, shape.batch, -(-shape.max_tokens // pool.page_size))
+        self.ledger = make_ledger(shape, method.counted_page)
         self.tokens = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.logits = self.chosen = None
         self._wants_graph = graph and kernels.captures and torch.device(shape.device).type == "cuda"
@@ -62,7 +64,7 @@ class Decoder:
                 self.method.restore(preparation.state)
             else:
                 for request, prompt in enumerate(prompts):
-                    self.method.after_prompt(request, [own.to(self.shape.device) for own in prompt.queries], self.cache)
+                    self.method.after_prompt(request, [own.to(self.shape.device_of(i)) for i, own in enumerate(prompt.queries)], self.cache)
                 if preparation is not None:
                     preparation.keep(prompts, self.shape, self.method)
         except BaseException:

@@ -11,15 +11,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from macbench_kernels import Kernels, PagedKVCache, PagePool, UnsupportedError, one_by_one
+from macbench_kernels import Kernels, PagedKVCache, UnsupportedError, one_by_one
 
 from macbench.counting import Ledger, Shape
 from macbench.decoder import Decoder, Preparation
+from macbench.errors import ConfigError
 from macbench.methods.base import Method, PromptQueries
 from macbench.models.adapter import attention_shape, intercept
 from macbench.models.forward import NOT_INVARIANT, make_forward, waits_for_device
-from macbench.models.placement import compute_device, offloaded
+from macbench.models.placement import compute_device, dispatched
 from macbench.sampling import greedy
+from macbench.spread import SpreadCache, make_cache, make_pool, place
 
 # Pages beyond ctx: the copy of a shared last page, and room for rounding.
 _SPARE_PAGES = 4
@@ -30,7 +32,7 @@ class Prompt:
     """A prefilled prompt. ``queries``: per layer, the last ones, in host memory if other prompts wait, too. ``first_token``: the greedy choice
     after the prompt. ``logits``: [vocab]. ``chunk``: prompt tokens per forward pass."""
 
-    cache: PagedKVCache
+    cache: PagedKVCache | SpreadCache
     queries: list[PromptQueries]
     first_token: int
     logits: torch.Tensor
@@ -108,7 +110,7 @@ class Engine:
     """Runs one model. ``ctx`` bounds prompt plus generated tokens; ``chunk`` is the number of prompt tokens per forward pass.
 
     ``batch``: how many requests may decode together. ``graph``: capture decode steps as CUDA graphs, where that
-    is possible: on a GPU, and unless weights come and go or a mixture of experts waits for the device. ``captures`` says whether it is.
+    is possible: on one GPU, and unless weights come and go or a mixture of experts waits for the device. ``captures`` says whether it is.
     ``batch_invariant``: a request's logits are, to the last bit, those that it gets alone; see ``one_by_one``, and ``invariant`` of the forwards.
     """
 
@@ -118,12 +120,13 @@ class Engine:
     ):  # fmt: skip
         self.network, self.kernels, self.ctx, self.chunk, self.batch = network, kernels, ctx, chunk, batch
         cuda = compute_device(network).type == "cuda"
-        self.captures = graph and kernels.captures and cuda and not offloaded(network) and not waits_for_device(network)
+        self.captures = graph and kernels.captures and cuda and not dispatched(network) and not waits_for_device(network)
         self.shape = attention_shape(network, ctx)
-        s = self.shape
+        if self.shape.devices and kernels.plan is not None:
+            raise ConfigError("backend", kernels.name, "plans a step for one device; with layers on several GPUs take triton or torch")
         # A fork shares the pages of its prompt and adds those of what it generates; variants decode one after the other.
         pages = batch * (-(-ctx // page_size) + _SPARE_PAGES) + _SPARE_PAGES
-        self.pool = PagePool(s.layers, s.kv_heads, s.head_dim, pages, page_size, s.dtype, s.device)
+        self.pool = make_pool(self.shape, pages, page_size)
         self.forward = make_forward(network, ctx, batch)
         if batch_invariant and batch > 1:
             if not self.forward.invariant(batch):
@@ -142,7 +145,7 @@ class Engine:
         ``chunk``: instead of the engine's own.
         """
         chunk = chunk or self.chunk
-        cache = PagedKVCache(self.pool)
+        cache = make_cache(self.pool)
         # Of a batch, all prompts are there before the first method prepares: what waits does so outside of the GPU's memory.
         tails = _Tails(self.shape, len(ids), keep_queries, column_sums, park=self.batch > 1)
         position = 0
@@ -150,9 +153,10 @@ class Engine:
         def attend(layer, q_pre, q, k, v):
             cache.append(layer, k, v)
             tails.take(layer, position, q_pre, q)
-            state = self.kernels.causal(q, cache, layer, position, self.shape.scale)
+            held, own = place(cache, layer)
+            state = self.kernels.causal(q, held, own, position, self.shape.scale)
             if column_sums:
-                tails.add(layer, self.kernels.column_sums(q, cache, layer, position, state.lse, self.shape.scale))
+                tails.add(layer, self.kernels.column_sums(q, held, own, position, state.lse, self.shape.scale))
             return state.out.to(q.dtype)
 
         began = self._now()
@@ -251,7 +255,8 @@ class Engine:
 
     def _now(self) -> float:
         if torch.device(self.shape.device).type == "cuda":
-            torch.cuda.synchronize(self.shape.device)
+            for device in {self.shape.device, *self.shape.devices}:
+                torch.cuda.synchronize(device)
         return perf_counter()
 
 
@@ -325,7 +330,7 @@ class _Tails:
         self.first, self.park = max(0, prompt - keep), park
         self.sums: list[torch.Tensor | None] = [None] * shape.layers
         if column_sums:
-            self.sums = [torch.zeros(shape.kv_heads, prompt, device=shape.device) for _ in range(shape.layers)]
+            self.sums = [torch.zeros(shape.kv_heads, prompt, device=shape.device_of(layer)) for layer in range(shape.layers)]
         self.none = torch.empty(1, shape.q_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
         self.parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(shape.layers)]
 

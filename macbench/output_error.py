@@ -1,6 +1,7 @@
 """How far a method's attention outputs are from full attention's, layer by layer, while it decodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -34,6 +35,9 @@ class Measured(Method):
     @property
     def prompt_column_sums(self):
         return self.method.prompt_column_sums
+
+    def part(self, shape, before):
+        return replace(self, method=self.method.part(shape, before and before.method))
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)
@@ -72,5 +76,7 @@ class Measured(Method):
 
     def errors(self) -> list[list[float | None]]:
         """Per request and layer; None where full attention's outputs were nothing but zeros or no step was counted."""
+        if self.parts:
+            return [list(chain(*each)) for each in zip(*(part.errors() for part in self.parts), strict=True)]
         error, norm = self.squares.transpose(1, 2).tolist()
         return [[(e / n) ** 0.5 if n else None for e, n in zip(*pair, strict=True)] for pair in zip(error, norm, strict=True)]

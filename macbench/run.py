@@ -197,6 +197,8 @@ def run_decode(cfg: DictConfig) -> int:
     from macbench.latency.command import run as measure
 
     task, method, contexts = _plain(cfg)
+    if cfg.model.get("device_map"):
+        raise ConfigError("model.device_map", cfg.model.device_map, "must be null with task=decode, which measures latency")
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.model, device)
     facts = lambda: environment.facts(device, cfg.backend, str(dtype)) | {"task": task, "method": method}  # noqa: E731

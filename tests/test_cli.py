@@ -96,6 +96,7 @@ def samples(tmp_path) -> pd.DataFrame:
         (["model.dtype=int3", "logger=none"], ["model.dtype=int3", "bfloat16"]),
         (["model.device_map=balanced", "logger=none"], ["model.device_map=balanced", "null or auto"]),
         (["model.device_map=auto", "logger=none", "device=cpu"], ["model.device_map=auto", "needs a GPU"]),
+        (["task=decode", "model.device_map=auto"], ["model.device_map=auto", "must be null with task=decode"]),
         (["model.template=llama"], ["model.template=llama", "chat, base, meta-llama3"]),
         (["model.path=no/such-model"], ["model.path=no/such-model"]),
         (["ctx=[1"], ["ctx=[1", "key=value"]),

@@ -56,6 +56,7 @@ class Method:
 
     #: Names of what a method keeps on the host between steps, each a list of plain numbers made by ``begin``.
     host_state = ()
+    parts = ()  # where layers are on several devices: the copies that were made by ``part``
     counted_page = 0  # tokens of the pages whose reads are counted as well; 0: they are not. It takes time
 
     @property
@@ -83,6 +84,13 @@ class Method:
         Raises a ConfigError that names the floor if no value of the knob does. Index lists (4 bytes per id) are left out of the closed forms.
         """
         raise ConfigError("budget", rho, f"does not apply to {label(self)}, whose reads follow from no budget")
+
+    def part(self, shape: Shape, before: "Method | None") -> "Method":
+        """A copy for a part of the layers, where these are on several devices; ``before``: that for the layers before them. See spread.py.
+
+        It is called with layers counted from 0. What depends on a layer's place in the model adds ``shape.first``.
+        """
+        return replace(self)
 
     def begin(self, shape: Shape, kernels: Kernels, ledger: Ledger) -> None:
         """Forget the previous generations and prepare for ``shape.batch`` of this shape. With the same shape as before, all memory stays in place."""

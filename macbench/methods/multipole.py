@@ -176,8 +176,9 @@ class Multipole(Method):
         return self.shape.kv_heads * rows * self.shape.head_dim * ELEMENT_BYTES
 
     def _sets(self, layers):
-        """KV heads of these layers among those of all layers."""
-        return slice(layers.start * self.shape.kv_heads, layers.stop * self.shape.kv_heads)
+        """KV heads of these layers among those of all layers of the model."""
+        first, heads = self.shape.first, self.shape.kv_heads
+        return slice((first + layers.start) * heads, (first + layers.stop) * heads)
 
     def _points(self, layers, request, cache, start, stop):
         """Keys of clustered tokens [start, stop), without their rotation: [layers * Hkv, n, d]."""
@@ -206,7 +207,7 @@ class Multipole(Method):
     def _draws(self, turn, n, k, clusters, iterations, among=None):
         """Random tokens of all layers, the same for every request: k of n to begin with, and per iteration but the last one of ``among`` (n) for
         each of ``clusters``, should it be empty."""
-        return _draws(self.seed * 1_000_003 + turn, self.shape.layers * self.shape.kv_heads, n, k, clusters, iterations, among or n)
+        return _draws(self.seed * 1_000_003 + turn, self.shape.model_layers * self.shape.kv_heads, n, k, clusters, iterations, among or n)
 
     # -- attention -----------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class PyramidKV(SnapKV):
         mean = self.capacity - self.window
         if prompt < 2 * mean or prompt < self.capacity:
             return min(prompt - self.window, mean)
-        return self.schedule(prompt, self.shape.layers)[layer]
+        return self.schedule(prompt, self.shape.model_layers)[self.shape.first + layer]
 
     def kept(self, prompt, layers):
         prompt, mean = int(prompt), self.capacity - self.window

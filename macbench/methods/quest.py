@@ -3,7 +3,7 @@
 Tang, Zhao, Zhu, Xiao, Kasikci, Han. arXiv:2406.10774, ICML 2024. Public code (MIT): mit-han-lab/Quest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from macbench_kernels import build_bounds, rounded
@@ -67,6 +67,10 @@ class Quest(Method):
         least = self.min_pages * self.page
         floor = f + (1 - f) * (1 / self.page + least / tokens)
         return fitted(self, rho, tokens, "budget", budget, least, floor, "dense layers, the bounds of all pages and the fewest pages")
+
+    def part(self, shape, before):
+        dense = (i - shape.first for i in self.dense_layers)
+        return replace(self, dense_layers=tuple(i for i in dense if 0 <= i < shape.layers))
 
     def begin(self, shape, kernels, ledger):
         super().begin(shape, kernels, ledger)

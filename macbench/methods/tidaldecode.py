@@ -3,7 +3,7 @@
 Yang, Zhang, Chen, Li, Jia. arXiv:2410.05076, ICLR 2025. Public code (Apache-2.0): DerrickYLJ/TidalDecode.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,11 +56,19 @@ class TidalDecode(Method):
         budget = 0 if f == 1 else round((rho - f) / (1 - f) * tokens)
         return fitted(self, rho, tokens, "budget", budget, 1, f + (1 - f) / tokens, "its full layers")
 
+    def part(self, shape, before):
+        own = replace(self)
+        own.before = before
+        return own
+
     def attend(self, layer, q_pre, q, cache):
-        if layer in FIRST or layer == self.reselect:
-            if layer >= FIRST[-1]:
+        place = self.shape.first + layer
+        if place in FIRST or place == self.reselect:
+            if place >= FIRST[-1]:
                 self._sets = self._select(layer, q, cache)
             return self.dense(layer, q, cache)
+        if layer == 0:  # the choice was made on another device
+            self._sets = tuple(x.to(q.device) for x in self.before._sets)
         self.ledger.selected(layer, *self._sets, 1, cache.lengths)
         return self.kernels.attend_selected(q, cache, layer, *self._sets, self.shape.scale).out.to(q.dtype)
 

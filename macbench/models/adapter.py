@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from macbench.counting import Shape
 from macbench.errors import ConfigError
-from macbench.models.placement import compute_device
+from macbench.models.placement import compute_device, layer_devices
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _serial = count()
@@ -35,7 +35,8 @@ def attention_shape(model: torch.nn.Module, max_tokens: int = 0) -> Shape:
     rotary = model.base_model.rotary_emb
 
     def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cos, sin = (part[0].float() for part in rotary(x.float(), positions[None]))
+        # The module answers where it lies, which may be another GPU.
+        cos, sin = (part[0].float().to(x.device) for part in rotary(x.float(), positions[None]))
         half = x.shape[-1] // 2
         turned = torch.cat([-x[..., half:], x[..., :half]], -1)
         return (x * cos + turned * sin).to(x.dtype)
@@ -50,6 +51,7 @@ def attention_shape(model: torch.nn.Module, max_tokens: int = 0) -> Shape:
         device=compute_device(model),
         max_tokens=max_tokens,
         rotate=rotate,
+        devices=layer_devices(model),
     )
 
 

@@ -11,7 +11,7 @@ from macbench_kernels import PagedKVCache
 
 from macbench.models import fused
 from macbench.models.adapter import intercept
-from macbench.models.placement import compute_device, offloaded
+from macbench.models.placement import compute_device, dispatched
 
 # Where ``invariant`` is false.
 NOT_INVARIANT = "needs the fused step of a GPU, at most 16 requests and no mixture of experts: other products depend on the number of their rows"
@@ -67,7 +67,7 @@ def waits_for_device(network: torch.nn.Module) -> bool:
 
 def make_forward(network: torch.nn.Module, max_tokens: int, batch: int = 1):
     """The fastest way that serves this model here, for ``batch`` texts of up to ``max_tokens``."""
-    fits = compute_device(network).type == "cuda" and not offloaded(network)
+    fits = compute_device(network).type == "cuda" and not dispatched(network)
     if fits and fused.obstacle(network) is None and batch <= fused.MAX_BATCH:
         return fused.Fused(network, max_tokens)
     return Modules(network)

@@ -92,7 +92,7 @@ def load(spec, device: str, chat: Chat, cache_bytes: int = 0) -> LoadedModel:
     adapter = lora.find(spec)
     # An adapter is added before weights are rounded, and the configuration is the extended one.
     first, extended = (torch.float32, {"config": _config(spec)}) if adapter else (dtype, {})
-    placed = {} if adapter else placement.options(spec, device, cache_bytes)
+    placed = {} if adapter else placement.options(spec, device, cache_bytes, lambda: _skeleton(spec, dtype))
     try:
         network = AutoModelForCausalLM.from_pretrained(
             where, dtype=first, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **extended, **options, **placed
@@ -129,6 +129,14 @@ def load_chat(spec) -> Chat:
         raise
     except Exception as error:  # see load
         raise ConfigError("model.path", where, f"tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def _skeleton(spec, dtype: torch.dtype) -> torch.nn.Module:
+    """The network without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(spec), dtype=dtype)
 
 
 def _config(spec):

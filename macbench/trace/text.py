@@ -52,7 +52,7 @@ def layers(engine: Engine, ids: list[int], steps: int, reach: int) -> Iterator[I
     def each() -> Iterator[Layer]:
         for i, queries in enumerate(own.to(engine.shape.device) for own in prompt.queries):
             parts = zip(*prompt.cache.slice(i, 0, 0, len(ids)), strict=True)
-            k, v = (torch.cat(pieces, 1).float() for pieces in parts)
+            k, v = (torch.cat(pieces, 1).float().to(engine.shape.device) for pieces in parts)
             yield Layer(queries.q_pre[0].float(), queries.q[0].float(), k, v, queries.first, steps, engine.shape.scale)
 
     try:

@@ -34,7 +34,7 @@ def test_offloaded_layers_compute_where_the_cache_is(load, tmp_path):
     whole = load()
     split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     parted = load(device_map=split | {"lm_head": "disk"}, offload_folder=str(tmp_path))
-    assert placement.offloaded(parted) and not placement.offloaded(whole)
+    assert placement.dispatched(parted) and not placement.dispatched(whole)
     assert next(parted.model.layers[1].parameters()).device.type == "meta"
     assert placement.compute_device(parted) == placement.compute_device(whole) == torch.device("cpu")
     ids = [int(x) for x in torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(1))]

@@ -114,7 +114,7 @@ def commit() -> dict | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed package may lie inside somebody else's checkout
-        changes = git("diff", "HEAD")
+        changes = git("diff", "HEAD", "--", ":/", ":(top,exclude)runs")  # records are no code
         found = {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
         return found | ({"diff_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {})
     except (OSError, subprocess.SubprocessError):

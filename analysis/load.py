@@ -8,8 +8,10 @@ import pandas as pd
 
 from macbench.errors import ConfigError
 from macbench.records import read_table
-from macbench.summary import REFERENCE
+from macbench.summary import REFERENCE, headline, summarise
 
+# The reference runs that compare all methods.
+RUNS = Path("runs/reference/h100/ruler/smollm2")
 # In the label of a variant that was fitted to a budget.
 BUDGET = re.compile(r"budget=([\d.]+)")
 
@@ -37,12 +39,12 @@ def swept(frame: pd.DataFrame) -> bool:
 def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
     """By context length, the sample rows of the run that compares methods, ``variant`` being its budget (text; '' of what runs as it is).
 
-    Runs over one method's knobs are left out. Two runs of one length are no comparison: ConfigError.
+    Runs over one method's knobs and of full attention alone are left out. Two runs of one length are no comparison: ConfigError.
     """
     runs, found = {}, {}
     for folder in folders:
         frame = samples(folder)
-        if swept(frame):
+        if swept(frame) or set(frame.method) == {REFERENCE}:
             continue
         for ctx, part in frame.groupby("ctx"):
             if ctx in found:
@@ -50,6 +52,11 @@ def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
             runs[ctx] = folder
             found[ctx] = part.assign(variant=part.variant.str.extract(BUDGET, expand=False).fillna(""))
     return dict(sorted(found.items()))
+
+
+def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
+    """Of ``compared`` runs, by context length, a row per method and budget over all subtasks: see ``summary.COLUMNS``."""
+    return {ctx: headline(summarise(part, each=False)) for ctx, part in compared(folders).items()}
 
 
 def guesses(folder: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Beyond the paper: the time of a step of every method's attention at one budget of bytes, beside the time that reading them takes."""
+"""Beyond the paper: the time of a step of every method's attention at a budget of bytes, beside the time that reading them takes."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 
 NAME = "methods"
-TITLE = "Attention of one layer by every method at one budget of bytes"
+TITLE = "Attention of one layer by every method at one budget of bytes, or the least that it reaches"
 PAPER = "Quest, RocketKV and Multipole are often slower than full attention end to end (tables 2 and 3, second-hand, no numbers)."
 COLUMNS = [
     *("method", "q_heads", "kv_heads", "head_dim", "batch", "ctx", "layers", "budget", "time_ms", "bytes_counted", "rho_bytes", "copy_bandwidth"),
@@ -25,7 +25,7 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """
     frame, sources = records.benchmark("attention", COLUMNS, of_methods=True)
     frame = frame.assign(machine=[sources[i].machine for i in frame.file])
-    frame = frame[frame.file == frame.groupby(["machine", "ctx", "batch", "budget"]).file.transform("max")]
+    frame = frame[frame.file == frame.groupby(["machine", "ctx", "batch"]).file.transform("max")]
     used = sorted(frame.file.unique())
     sources, frame = [sources[i] for i in used], frame.assign(file=frame.file.map(used.index))
     full = frame[frame.method == "full"].set_index("file").time_ms

@@ -38,7 +38,7 @@ def test_shares_are_of_full_attention_by_context_and_budget(monkeypatch):
 def test_the_documentation_holds_what_the_reference_runs_say(monkeypatch):
     """The commands analysis.sanity, equal_bytes, equal_bytes --full and questions write the tables that belong there."""
     folders = load.run_folders(ROOT / load.RUNS)
-    alone = [set(samples.method) == {"full"} or load.swept(samples) for samples in map(load.samples, folders)]
+    alone = [load.swept(samples) or not load.compares(samples) for samples in map(load.samples, folders)]
     assert any(alone) and not all(alone)  # what compares nothing lies beside the runs and is left out
     tables = load.measured(folders)
     for module in (sanity, equal_bytes):
@@ -55,14 +55,19 @@ def test_sweeps_are_left_out_and_runs_of_one_length_are_never_pooled(monkeypatch
     runs = {
         "sweep": [*rows(4096, "full", "", [0.0]), *(row for tau in range(4) for row in rows(4096, "mac", f"tau={tau}", [0.0]))],
         "one": [*rows(4096, "full", "", [1.0]), *rows(4096, "snapkv", "budget=0.1 capacity=400", [0.5])],
-        "two": [*rows(4096, "full", "", [0.2]), *rows(4096, "tova", "budget=0.1 capacity=400", [0.2])],
-        "full": rows(4096, "full", "", [0.3]),
+        "two": [*rows(4096, "full", "", [0.2]), *rows(4096, "quest", "budget=0.1 budget=9", [0.5])],
+        "alone": rows(4096, "full", "", [0.3]),
+        "unfitted": [*rows(4096, "full", "", [0.4]), *rows(4096, "quest", "", [0.5])],
     }
     monkeypatch.setattr(load, "samples", lambda folder: pd.DataFrame(runs[folder.name]))
-    found = load.measured([Path("sweep"), Path("full"), Path("one")])
-    assert found[4096].set_index(["method", "variant"]).score.to_dict() == {("full", ""): 1.0, ("snapkv", "0.1"): 0.5}
+    for beside in (["sweep"], ["alone", "unfitted"]):
+        found = equal_bytes.measured([Path("one"), *map(Path, beside)])
+        assert found[4096].set_index(["method", "variant"]).score.to_dict() == {("full", ""): 1.0, ("snapkv", "0.1"): 0.5}
+    assert equal_bytes.measured([Path("unfitted")])[4096].score.tolist() == [0.4, 0.5]
+    with pytest.raises(ConfigError, match="RUNS_DIR=alone: has no run that compares methods"):
+        equal_bytes.measured([Path("alone")])
     with pytest.raises(ConfigError, match="RUNS_DIR=two: has ctx=4096, as one has"):
-        load.measured([Path("one"), Path("two")])
+        equal_bytes.measured([Path("one"), Path("two")])
 
 
 def test_every_method_has_a_line():

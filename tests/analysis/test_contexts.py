@@ -49,7 +49,7 @@ def test_numbers_and_files(tmp_path):
     card = drawn[1].frame
     assert card.columns.tolist() == ["subtask", "4K", "8K", "16K"] and card.subtask.tolist() == ["all", "vt", "cwe", "fwe"]
     row = found.loc["full", "vt", 8192]
-    assert card["8K"][1] == f"{row.score:.2f} ± {row.se:.2f}"
+    assert card["8K"][1] == f"{row.score:.2f} ± {row.se:.2f} ({row.examples:.0f})"
 
 
 def test_what_lacks(monkeypatch):
@@ -59,5 +59,8 @@ def test_what_lacks(monkeypatch):
     whole = records.samples
     monkeypatch.setattr(records, "samples", lambda run: whole(run) if str(run) != "8192" else whole(run)[lambda frame: frame.subtask != "vt"])
     (runs,) = contexts.longest(records).values()
-    found = contexts.shown(contexts.numbers(runs), "subtask", ["all", "vt", "cwe"])
+    numbers = contexts.numbers(runs)
+    assert contexts.lacking(numbers, ["vt", "cwe", "fwe"]) == " No mean at 8K (without vt)."
+    assert contexts.shown(numbers, "method", ["mac"], [4096, 8192]).columns.tolist() == ["method", "4K", "8K"]
+    found = contexts.shown(numbers, "subtask", ["all", "vt", "cwe"], list(runs))
     assert found["8K"].tolist()[:2] == ["–", "–"] and "±" in found["8K"][2]

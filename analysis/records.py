@@ -1,8 +1,7 @@
 """What there is to draw: every record below some folders, and one clear line about whatever a figure does not find."""
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,8 +34,6 @@ NEEDED = [
     "kl_mean",
     "error",
 ]
-# Commits of recorded runs whose captured batches let requests that had ended write into a page of another one.
-SPARE = ("2771c410", "1d18d7ef")
 
 
 class Missing(Exception):
@@ -88,14 +85,10 @@ class Source:
         git = self.facts.get("git") or {}
         return (git.get("commit") or "unknown")[:8] + (" with changes" if git.get("dirty") else "")
 
-    @property
-    def spare(self) -> str:
-        """'' or, of a run that may have the mistake with spare pages (README.md), a few words that say so."""
-        config = self.path / "config.yaml"
-        if self.commit[:8] not in SPARE or "NVIDIA" not in self.device or not config.is_file():
-            return ""
-        batch = re.search(r"^batch: (\d+)", config.read_text(errors="replace"), re.MULTILINE)
-        return "decoded in batches before a mistake with requests that had ended was mended" if batch and int(batch[1]) > 1 else ""
+    def part(self, done: Collection[str]) -> str:
+        """'' of a run with rows of every subtask of its protocol, else how many it has: a mean over fewer is another mean."""
+        known = (self.facts.get("protocol") or {}).get("subtasks") or ()
+        return f"{len(done)} of {len(known)} subtasks" if len(done) < len(known) else ""
 
 
 def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:
@@ -194,6 +187,24 @@ class Records:
             raise Missing("; ".join(damaged) or f"no record of task={kind}; python -m macbench.run task={kind} makes one")
         self.damaged.update(damaged)
         return pd.concat(frames, ignore_index=True), chosen
+
+    def step_times(self, run: Path) -> tuple[pd.Series, list[Source]]:
+        """Median ms of a decode step by (method, budget) at the context and on the device of a run, from runs that had the card to themselves
+        (analysis.step_times), and the files; empty without one."""
+        kind, found, used = self.source(run).device, [], []
+        for path in self._files("step_times.parquet"):
+            try:
+                frame = read(path, ["ctx", "method", "budget", "ms", "device"])
+            except Missing as lack:
+                self.damaged.add(str(lack))
+                continue
+            frame = frame[(frame.device == kind) & (frame.ctx == int(run.parent.name))]
+            if len(frame):
+                found.append(frame)
+                used.append(Source(path, facts(path)))
+        if not found:
+            return pd.Series(dtype=float), []
+        return pd.concat(found).groupby(["method", "budget"]).ms.median(), used
 
     def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
         """A table of an accuracy run."""

@@ -37,20 +37,14 @@ def compared(records: Records) -> tuple[pd.DataFrame, list[Source], list[str]]:
             key = (first.model, first.task, first.ctx, source.apart)
             rank = ("NVIDIA" in source.device, len(frame[frame.method == "mac"]), source.facts.get("started", ""))
             if key not in found or rank > found[key][0]:
-                found[key] = (rank, records.headline(run), source, part_of(frame, source))
+                found[key] = (rank, records.headline(run), source, source.part(set(frame.subtask)))
     rows = []
     for (model, task, ctx, apart), (_, both, source, part) in sorted(found.items()):
         full, mac = (both[both.method == m].iloc[0] for m in (REFERENCE, "mac"))
         row = {"model": model, "task": task, "ctx": ctx, "examples": int(mac.examples), "steps": int(mac.steps), "device": source.device}
         row |= {"full": full.score, "full_se": full.score_se, "mac": mac.score, "mac_se": mac.score_se}
-        rows.append(row | {"apart": ", ".join(filter(None, [apart, part]))} | mac[_OF_MAC].to_dict())
+        rows.append(row | {"apart": apart, "part": part} | mac[_OF_MAC].to_dict())
     return pd.DataFrame(rows), [source for _, _, source, _ in found.values()], lacks
-
-
-def part_of(frame: pd.DataFrame, source: Source) -> str:
-    """'' or, of a run that lacks subtasks of its protocol, how many it has: its mean is no mean over all."""
-    whole, have = (source.facts.get("protocol") or {}).get("subtasks") or [], frame.subtask.nunique()
-    return f"{have} of {len(whole)} subtasks" if have < len(whole) else ""
 
 
 def scored(mean: float, error: float) -> str:
@@ -68,7 +62,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     """As text."""
     rows = []
     for r in found.itertuples():
-        benchmark = ", ".join(filter(None, [f"{r.task} {style.tokens(r.ctx)}", r.apart]))
+        benchmark = ", ".join(filter(None, [f"{r.task} {style.tokens(r.ctx)}", r.part, r.apart]))
         row = {"model": r.model, "benchmark": benchmark, "n": str(r.examples), "full": scored(r.full, r.full_se)}
         row |= {"MAC": scored(r.mac, r.mac_se), "difference [95%]": differing(r), "hit rate": f"{r.hit_rate:.3f}"}
         saved = {

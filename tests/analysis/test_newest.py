@@ -57,6 +57,20 @@ def test_a_speed_up_never_divides_times_of_two_runs(tmp_path):
     assert numbers.speedup.tolist() == expected and [s.path.stem for s in sources] == ["a"]
 
 
+def test_methods_without_a_knob_have_no_budget(tmp_path):
+    """And are there all the same, once, from the newest of two files with budgets of their own; times are divided within a file."""
+    made = REFERENCE / "h100/attention/methods.parquet"
+    for name, factor in (("a", 1), ("b", 3)):
+        blank = {"budget": lambda x, f=factor: f * x, "time_ms": lambda x, f=factor: f * x}
+        copy(made, tmp_path / f"attention/{name}.parquet", {"started": f"203{factor}-01-01"}, **blank)
+    numbers, _ = methods.numbers(Records(tmp_path))
+    before = {r["method"]: r for r in rows(made)}
+    bare = [name for name, r in before.items() if r["budget"] is None]
+    assert "full" in bare and sorted(numbers.method) == sorted(2 * [name for name in before if name not in bare] + bare)
+    for found in numbers.itertuples():
+        assert found.over_full == pytest.approx(before[found.method]["time_ms"] / before["full"]["time_ms"])
+
+
 def test_steps_of_two_machines_stand_beside_each_other(tmp_path):
     for device in ("NVIDIA X1", "NVIDIA X2"):
         copy(REFERENCE / "h100/attention/methods.parquet", tmp_path / f"attention/{device[-2:]}.parquet", {"device": device})
@@ -116,19 +130,3 @@ def test_a_mean_over_some_subtasks_says_so(monkeypatch):
     records = Both(4096)
     monkeypatch.setattr(test_contexts, "FACTS", {**test_contexts.FACTS, "protocol": {"subtasks": ["vt", "cwe", "fwe", "more"]}})
     assert table1.shown(table1.compared(records)[0]).benchmark.tolist()[0] == "ruler 4K, 3 of 4 subtasks"
-
-
-@pytest.mark.parametrize(
-    ("commit", "device", "batch", "said"),
-    [
-        ("2771c410cc45", "NVIDIA H200", 10, True),
-        ("2771c410cc45", "NVIDIA H200", 1, False),
-        ("2771c410cc45", "NVIDIA H200", "null", False),
-        ("2771c410cc45", "cpu (2 threads)", 10, False),
-        ("8852f77aaaaa", "NVIDIA H200", 10, False),
-    ],
-)
-def test_captions_say_which_batches_had_a_mistake(commit, device, batch, said, tmp_path):
-    (tmp_path / "config.yaml").write_text(f"model: tiny\nbatch: {batch}\nengine:\n  graph: true\n")
-    text = style.made([style.Source(tmp_path, {"git": {"commit": commit}, "device": device})] * 2, "made")
-    assert text.count("Decoded in batches before a mistake with requests that had ended was mended (README).") == said

@@ -10,16 +10,15 @@ from tests.conftest import DEVICE, filled_cache
 
 pytestmark = pytest.mark.usefixtures("seed")
 LENGTHS, HEADS, KV_HEADS, DIM, CAPACITY = [70, 21], 2, 1, 16, 24
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def problem():
+def problem(dtype: torch.dtype):
     """Queries [2, Hq, d], and caches and rings: of both requests, and of each alone."""
-    k, v = (torch.randn(2, KV_HEADS, max(LENGTHS), DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    ring = Ring.create(2, HEADS, CAPACITY, DIM, DTYPE, DEVICE)
+    k, v = (torch.randn(2, KV_HEADS, max(LENGTHS), DIM, device=DEVICE, dtype=dtype) for _ in range(2))
+    ring = Ring.create(2, HEADS, CAPACITY, DIM, dtype, DEVICE)
     for part in (ring.q, ring.out, ring.lse):
         part.copy_(torch.randn(part.shape))
-    q = torch.randn(2, HEADS, DIM, device=DEVICE, dtype=DTYPE)
+    q = torch.randn(2, HEADS, DIM, device=DEVICE, dtype=dtype)
     q_pre = ring.q[:, :, 12] + 0.01 * q
     q_pre[:, 1] += 5  # which matches nothing
     alone = [(slice(i, i + 1), length) for i, length in enumerate(LENGTHS)]
@@ -35,10 +34,10 @@ def cached(k, v, lengths) -> PagedKVCache:
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_a_request_gets_what_it_gets_alone(name):
+def test_a_request_gets_what_it_gets_alone(name, dtype):
     plain = kernels(name, DEVICE)
     separate, scale = one_by_one(plain), DIM**-0.5
-    q_pre, q, cache, ring, caches, rings = problem()
+    q_pre, q, cache, ring, caches, rings = problem(dtype)
     spans = torch.tensor([[0, 15], [9, 70]], dtype=torch.int32, device=DEVICE)[:, :, None, None].expand(2, 2, 2, HEADS).clamp(max=21).contiguous()
     params = MacParams(4.0, 8)
     before = plain.full(q, cache, 0, scale)
@@ -56,7 +55,7 @@ def test_a_request_gets_what_it_gets_alone(name):
             assert torch.equal(got[:, :, row] if field == "spans" else got[row], getattr(want, field)), field
         for got, expected in zip((ring.q, ring.out, ring.lse, ring.depth), (own_ring.q, own_ring.out, own_ring.lse, own_ring.depth), strict=True):
             assert torch.equal(got[row], expected)
-    if name == "triton":
+    if name == "triton" and dtype == torch.float32:  # half precision rounds it away
         assert not torch.equal(before, full), "a launch for all requests cuts their keys elsewhere"
     torch.testing.assert_close(before.float(), full.float(), atol=1e-5 if DEVICE == "cpu" else 1e-2, rtol=1e-2)
 

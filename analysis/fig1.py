@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis import style
-from analysis.load import compares, guesses, swept
+from analysis.load import guesses, swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.summary import REFERENCE
@@ -35,7 +35,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
         name = "-".join([NAME, *run.parts[-4:]])
         try:
             frame, rows = records.samples(run), records.headline(run)
-            if compares(frame) and not swept(frame):  # full attention alone has nothing beside it
+            if not swept(frame) and set(frame.method) != {REFERENCE}:  # full attention alone has nothing beside it
                 drawn.append((len(rows), picture(frame, rows, records.source(run), name, out, guesses(run))))
         except Missing as lack:
             drawn.append((0, Drawn(name, TITLE, "", [], lack=str(lack))))

@@ -1,7 +1,6 @@
 """Find run folders and read their sample rows."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -29,11 +28,6 @@ def samples(folder: Path) -> pd.DataFrame:
     return frame[frame.error.isna()].assign(model=folder.parent.parent.name, device=facts["device"], commit=commit)
 
 
-def compares(frame: pd.DataFrame) -> bool:
-    """Whether a run has any method besides full attention."""
-    return bool((frame.method != REFERENCE).any())
-
-
 def swept(frame: pd.DataFrame) -> bool:
     """Whether a run is a grid over one method's knobs, which analysis.sweep draws."""
     others = frame[frame.method != REFERENCE]
@@ -43,21 +37,18 @@ def swept(frame: pd.DataFrame) -> bool:
 def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
     """By context length, the sample rows of the run that compares methods, ``variant`` being its budget (text; '' of what runs as it is).
 
-    Left out are runs over one method's knobs, of full attention alone and, beside runs at budgets, those without any budget.
-    Two runs of one length are no comparison: ConfigError.
+    Runs over one method's knobs are left out. Two runs of one length are no comparison: ConfigError.
     """
-    frames = {folder: samples(folder) for folder in folders}
-    frames = {folder: frame for folder, frame in frames.items() if compares(frame) and not swept(frame)}
-    fitted = {folder: frame for folder, frame in frames.items() if frame.variant.str.extract(BUDGET, expand=False).notna().any()}
     runs, found = {}, {}
-    for folder, frame in (fitted or frames).items():
+    for folder in folders:
+        frame = samples(folder)
+        if swept(frame):
+            continue
         for ctx, part in frame.groupby("ctx"):
             if ctx in found:
                 raise ConfigError("RUNS_DIR", str(folder), f"has ctx={ctx}, as {runs[ctx]} has: name one run for each length")
             runs[ctx] = folder
             found[ctx] = part.assign(variant=part.variant.str.extract(BUDGET, expand=False).fillna(""))
-    if folders and not found:
-        raise ConfigError("RUNS_DIR", os.path.commonpath(folders), "has no run that compares methods with full attention")
     return dict(sorted(found.items()))
 
 

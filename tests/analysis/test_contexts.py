@@ -64,3 +64,13 @@ def test_what_lacks(monkeypatch):
     assert contexts.shown(numbers, "method", ["mac"], [4096, 8192]).columns.tolist() == ["method", "4K", "8K"]
     found = contexts.shown(numbers, "subtask", ["all", "vt", "cwe"], list(runs))
     assert found["8K"].tolist()[:2] == ["–", "–"] and "±" in found["8K"][2]
+
+
+def test_the_probes_card_holds_what_the_reference_runs_say():
+    """Scores of full attention by task and length, as make figures writes them."""
+    root = Path(__file__).parents[2]
+    (runs,) = contexts.longest(Records(root / "runs/reference/h100/ruler/smollm2_128k")).values()
+    runs = {ctx: (frame[frame.method == "full"], source) for ctx, (frame, source) in runs.items()}
+    table = contexts.shown(contexts.numbers(runs), "subtask", ["all", *contexts.order(runs)], list(runs))
+    card = (root / "docs/smollm2_128k.md").read_text()
+    assert all(f"| {' | '.join(row)} |" in card for row in table.to_numpy().tolist()) and len(table) == 14

@@ -4,6 +4,7 @@ One picture per run. Left: score against bytes. Right: a row per method variant;
 label ever lies on another.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _ROW = 0.155  # inches per method variant
 
 
 def make(records: Records, out: Path) -> list[Drawn]:
-    """A picture per run; what is wrong with a run is told in ``lack`` of its Drawn and does not stop the others."""
+    """A picture per run that has a method; what is wrong with a run is told in ``lack`` of its Drawn and does not stop the others."""
     if not records.runs:
         raise Missing("no runs of ruler, longbench_v2 or longgenbench; python -m macbench.run +experiment=fig1 scale=cpu makes one")
     drawn = []
@@ -34,10 +35,12 @@ def make(records: Records, out: Path) -> list[Drawn]:
         name = "-".join([NAME, *run.parts[-4:]])
         try:
             frame, rows = records.samples(run), records.headline(run)
-            if not swept(frame):
+            if not swept(frame) and set(frame.method) != {REFERENCE}:  # full attention alone has nothing beside it
                 drawn.append((len(rows), picture(frame, rows, records.source(run), name, out, guesses(run))))
         except Missing as lack:
             drawn.append((0, Drawn(name, TITLE, "", [], lack=str(lack))))
+    if not drawn:
+        raise Missing("no run compares methods, sweeps apart; python -m macbench.run +experiment=fig1 scale=cpu makes one")
     return [item for _, item in sorted(drawn, key=lambda pair: -pair[0])]
 
 
@@ -50,12 +53,14 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     differences(right, rows, styles)
     first = frame.iloc[0]
     names, examples = list(dict.fromkeys(frame.subtask)), frame.groupby(["subtask", "example_id"]).ngroups
-    subtasks = ", ".join(names) if len(names) < 5 else f"{len(names)} subtasks"
+    subtasks = source.part(names) or (", ".join(names) if len(names) < 5 else f"{len(names)} subtasks")
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
-    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.question, source.machine]))
+    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.apart, source.machine]))
     spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
-    text = f"{made} In brackets: measured rho_bytes; equal ones stand side by side.{spread}{untold(rows, lines or {})}"
+    aside = np.abs(side_by_side(rows.rho_bytes) / rows.rho_bytes - 1).max()
+    beside = f"; on the left equal ones are drawn side by side, up to {math.ceil(100 * aside)}% off" if aside > 0.005 else ""
+    text = f"{made} In brackets: measured rho_bytes{beside}.{spread}{untold(rows, lines or {})}"
     return style.save(figure, out, name, title, text, PAPER)
 
 
@@ -88,10 +93,13 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def looks(rows: pd.DataFrame) -> dict[str, dict]:
-    """Colour and marker by method, whatever the scores are: by name. MAC shares its colour with none."""
+    """Colour, marker and dashes by method, whatever the scores are: by name. MAC's colour is its own; others of one colour differ in dashes."""
     names = sorted(set(rows.method) - {REFERENCE, "mac"})
     own, *colours = style.COLOURS[1:] + style.COLOURS[:1]
-    found = {name: {"color": colours[i % len(colours)], "marker": style.MARKERS[i % len(style.MARKERS)]} for i, name in enumerate(names)}
+    found = {
+        name: style.look(i) | {"color": colours[i % len(colours)], "linestyle": style.DASHES[i // len(colours) % len(style.DASHES)]}
+        for i, name in enumerate(names)
+    }
     return found | {"mac": {"color": own, "marker": "o"}, REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
 
 
@@ -121,8 +129,8 @@ def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]
 
 
 def side_by_side(rho: pd.Series) -> pd.Series:
-    """Where points are drawn: those of nearly the same ratio next to each other, in the order of the rows, a hundredth of the axis apart."""
-    step = 0.012 * np.log(1.3 * max(1.0, rho.max()) / rho.min())
+    """Where points are drawn: those of nearly the same ratio next to each other, in the order of the rows, not quite 1% of the axis apart."""
+    step = 0.008 * np.log(1.3 * max(1.0, rho.max()) / rho.min())
     drawn = np.log(rho.astype(float))
     left = drawn.sort_values()
     while len(left):
@@ -137,13 +145,13 @@ def differences(axes: Axes, rows: pd.DataFrame, styles: dict) -> None:
     """A row per variant. Without full attention in the run there is nothing to subtract, and the scores themselves are shown."""
     paired = rows.difference.notna().any()
     for place, row in enumerate(rows.itertuples()):
-        look = styles[row.method] | {"markersize": 5}
+        look = styles[row.method] | {"markersize": 5, "linestyle": "none"}
         if not paired:
             axes.errorbar(row.score, place, xerr=np.nan_to_num(row.score_se), elinewidth=1, capsize=2, **look)
             continue
         centre = 0.0 if row.method == REFERENCE else row.difference
         axes.plot([row.difference_low, row.difference_high], [place, place], color=look["color"], linewidth=1.2)
-        axes.plot([centre], [place], linestyle="none", **look)
+        axes.plot([centre], [place], **look)
     if paired:
         axes.axvline(0, color=style.BLACK, linewidth=0.7, linestyle=(0, (5, 4)), zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))

@@ -74,18 +74,23 @@ def _said(run: Path, *more: str) -> str:
 
 
 def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
-    """Quantiles of the latency of a step in ms, by run and method; a GPU's runs where there are any; variants of a grid or budget left out."""
+    """Quantiles of the latency of a step in ms, by run and method, of texts of more than _LONG tokens, or of all where none is so long.
+
+    A GPU's runs where there are any. Variants of a grid or budget are left out. Runs of short answers are often made by processes that share a
+    card, and then their times say nothing of a method.
+    """
     found, rows, used = [], [], []
     for run in records.runs:
         try:
-            found.append((records.source(run), records.table(run, "steps", ["method", "variant", "latency_ms"])))
+            found.append((records.source(run), records.table(run, "steps", ["method", "variant", "step", "latency_ms"])))
         except Missing as lack:
             records.damaged.add(str(lack))
     found = [pair for pair in found if "NVIDIA" in pair[0].device] or found
+    found = [pair for pair in found if pair[1].step.max() >= _LONG] or found
     for source, steps in found:
         for method, part in steps[steps.variant == ""].groupby("method"):
             quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
-            rows.append({"run": _said(source.path, source.machine, source.question), "method": method, "n": len(part), **quantiles})
+            rows.append({"run": _said(source.path, source.machine, source.apart), "method": method, "n": len(part), **quantiles})
             used.append(source)
     if not rows:
         raise Missing("no run has step rows")
@@ -106,5 +111,6 @@ def latency(records: Records, out: Path) -> Drawn:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms per decode step of a batch")
-    what = "Until the tokens are on the host. Examples of a batch share a step; other work may have shared the machine. Without budgets and grids"
+    what = f"Until the tokens are on the host; examples of a batch share a step. Runs with texts of over {_LONG:,} tokens, where there are such: "
+    what += "those of short answers often share a card. Without budgets and grids"
     return style.save(figure, out, "token_latency", "Latency of single tokens", style.made(sources, what), "", axes)

@@ -1,10 +1,9 @@
 """What there is to draw: every record below some folders, and one clear line about whatever a figure does not find."""
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from analysis.load import run_folders, samples
 from macbench import parts
+from macbench.cli import LONG_MODEL, load_option
 from macbench.errors import ConfigError, one_line
 from macbench.records import KEY, read_table
 from macbench.summary import headline, summarise
@@ -34,12 +34,16 @@ NEEDED = [
     "kl_mean",
     "error",
 ]
-# Commits of recorded runs whose captured batches let requests that had ended write into a page of another one.
-SPARE = ("2771c410", "1d18d7ef")
 
 
 class Missing(Exception):
     """What a figure needs and does not find, in one line."""
+
+
+@cache
+def shipped() -> str:
+    """sha256 of the adapter that ships."""
+    return load_option("model", LONG_MODEL).adapter_sha256
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,27 @@ class Source:
         return "" if (self.facts.get("identity") or {}).get("question_in_prefill", True) else "question not in prefill"
 
     @property
+    def adapter(self) -> str:
+        """'' or, of a model with an adapter other than the one that ships, a few words that tell it."""
+        model = (self.facts.get("identity") or {}).get("model") or {}
+        if not model.get("adapter") or model.get("adapter_sha256") == shipped():
+            return ""
+        return f"adapter {(model.get('adapter_sha256') or self.facts.get('model_sha256') or 'unknown')[:8]}"
+
+    @property
+    def apart(self) -> str:
+        """What keeps a run apart from others of its model, task and length: '' or a few words. Such runs are never one curve or row."""
+        return ", ".join(filter(None, [self.question, self.adapter]))
+
+    @property
     def commit(self) -> str:
         git = self.facts.get("git") or {}
         return (git.get("commit") or "unknown")[:8] + (" with changes" if git.get("dirty") else "")
 
-    @property
-    def spare(self) -> str:
-        """'' or, of a run that may have the mistake with spare pages (README.md), a few words that say so."""
-        config = self.path / "config.yaml"
-        if self.commit[:8] not in SPARE or "NVIDIA" not in self.device or not config.is_file():
-            return ""
-        batch = re.search(r"^batch: (\d+)", config.read_text(errors="replace"), re.MULTILINE)
-        return "decoded in batches before a mistake with requests that had ended was mended" if batch and int(batch[1]) > 1 else ""
+    def part(self, done: Collection[str]) -> str:
+        """'' of a run with rows of every subtask of its protocol, else how many it has: a mean over fewer is another mean."""
+        known = (self.facts.get("protocol") or {}).get("subtasks") or ()
+        return f"{len(done)} of {len(known)} subtasks" if len(done) < len(known) else ""
 
 
 def read(path: Path, columns: Iterable[str]) -> pd.DataFrame:
@@ -174,6 +187,24 @@ class Records:
             raise Missing("; ".join(damaged) or f"no record of task={kind}; python -m macbench.run task={kind} makes one")
         self.damaged.update(damaged)
         return pd.concat(frames, ignore_index=True), chosen
+
+    def step_times(self, run: Path) -> tuple[pd.Series, list[Source]]:
+        """Median ms of a decode step by (method, budget) at the context and on the device of a run, from runs that had the card to themselves
+        (analysis.step_times), and the files; empty without one."""
+        kind, found, used = self.source(run).device, [], []
+        for path in self._files("step_times.parquet"):
+            try:
+                frame = read(path, ["ctx", "method", "budget", "ms", "device"])
+            except Missing as lack:
+                self.damaged.add(str(lack))
+                continue
+            frame = frame[(frame.device == kind) & (frame.ctx == int(run.parent.name))]
+            if len(frame):
+                found.append(frame)
+                used.append(Source(path, facts(path)))
+        if not found:
+            return pd.Series(dtype=float), []
+        return pd.concat(found).groupby(["method", "budget"]).ms.median(), used
 
     def table(self, run: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
         """A table of an accuracy run."""

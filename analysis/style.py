@@ -84,9 +84,9 @@ def made(sources: Iterable[Source], what: str) -> str:
     sources = list(sources)
     devices, commits = (", ".join(dict.fromkeys(getattr(s, key) for s in sources)) for key in ("device", "commit"))
     asked = " Questions are not in the prefill: decode steps process them." if sources and all(s.question for s in sources) else ""
-    spare = "".join(f" {text[0].upper()}{text[1:]} (README)." for text in dict.fromkeys(s.spare for s in sources) if text)
     probe = f" {LONG_MODEL} is a probe of reads and hits: its scores say nothing about SmolLM2."
-    return f"{what}. {devices}; commit {commits}.{asked}{spare}{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}"
+    other = "".join(f" Its {adapter} is not the one that ships." for adapter in dict.fromkeys(s.adapter for s in sources) if adapter)
+    return f"{what}. {devices}; commit {commits}.{asked}{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}{other}"
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:

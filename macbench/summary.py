@@ -33,13 +33,16 @@ def summarise(samples: pd.DataFrame, guesses: dict[str, float] | None = None, ea
     samples = samples.reindex(columns=[*samples.columns, *(name for name in _FIDELITY if name not in samples)])  # rows may be older
     good = samples[samples.error.isna()]
     full = good[good.method == REFERENCE].set_index(["subtask", "example_id"]).score.rename("reference_score")
+    full = full[~full.index.duplicated()]
+    samples = samples.join(full, on=["subtask", "example_id"])  # once: a join per method and subtask is most of the time
+    samples["paired"] = pd.MultiIndex.from_frame(samples[["subtask", "example_id"]]).isin(full.index) & samples.error.isna()
     several = samples.subtask.nunique() > 1
     rows = []
     for (method, variant), group in samples.groupby(["method", "variant"], sort=False):
         parts = dict(list(group.groupby("subtask", sort=False)))
         single = [(name, {name: part}) for name, part in parts.items()] if each or not several else []
         for subtask, mine in single + [(WHOLE, parts)] * several:
-            compared = _against(mine, full) if method != REFERENCE else {}
+            compared = _against(mine) if method != REFERENCE else {}
             rows.append({"method": method, "variant": variant, "subtask": subtask} | _row(mine) | compared)
     table = pd.DataFrame(rows, columns=COLUMNS)
     if not guesses or table.empty:
@@ -113,8 +116,8 @@ def _row(parts: dict[str, pd.DataFrame]) -> dict:
     }
 
 
-def _against(parts: dict[str, pd.DataFrame], full: pd.Series) -> dict:
-    """Paired with full attention. ``full``: its scores by subtask and example."""
-    pairs = {name: part[part.error.isna()].join(full, on=["subtask", "example_id"], how="inner") for name, part in sorted(parts.items())}
-    strata = [(p.score.to_numpy(float), p.reference_score.to_numpy(float)) for p in pairs.values() if len(p)]
+def _against(parts: dict[str, pd.DataFrame]) -> dict:
+    """Paired with full attention: sample rows of one method variant by subtask, those ``paired`` with its ``reference_score``."""
+    pairs = [part[part.paired] for _, part in sorted(parts.items())]
+    strata = [(p.score.to_numpy(float), p.reference_score.to_numpy(float)) for p in pairs if len(p)]
     return asdict(stats.paired(*zip(*strata, strict=True))) if strata else {}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis import fig1
-from analysis.records import Source
+from analysis.records import Missing, Source
 from macbench.summary import headline, summarise
 from tests.test_summary import row
 
@@ -19,6 +19,20 @@ def test_without_full_attention_or_intervals(methods, tmp_path):
     drawn = fig1.picture(frame, headline(summarise(frame)), Source(Path("made"), {"device": "cpu"}), "made", tmp_path, {"chance": 0.25})
     assert [file.suffix for file in drawn.files] == [".png", ".pdf"] and all(file.stat().st_size > 1000 for file in drawn.files)
     assert "1 examples of vt" in drawn.caption and "Paper:" in drawn.caption
+
+
+def test_full_attention_alone_is_no_comparison(tmp_path):
+    class Alone:
+        runs = (tmp_path / "ruler" / "tiny" / "512" / "full-1",)
+
+        def samples(self, run):
+            return pd.DataFrame([row("full", "vt", i, 0.5) for i in range(3)])
+
+        def headline(self, run):
+            return headline(summarise(self.samples(run)))
+
+    with pytest.raises(Missing, match="no run compares methods"):
+        fig1.make(Alone(), tmp_path)
 
 
 def test_equal_ratios_stand_side_by_side():

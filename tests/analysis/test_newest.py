@@ -9,6 +9,7 @@ import pytest
 
 from analysis import contexts, fig7, methods, style, table1
 from analysis.records import Records
+from macbench.cli import load_option
 from tests.analysis import test_contexts
 from tests.analysis.test_numbers import REFERENCE, rows
 
@@ -56,6 +57,20 @@ def test_a_speed_up_never_divides_times_of_two_runs(tmp_path):
     assert numbers.speedup.tolist() == expected and [s.path.stem for s in sources] == ["a"]
 
 
+def test_methods_without_a_knob_have_no_budget(tmp_path):
+    """And are there all the same, once, from the newest of two files with budgets of their own; times are divided within a file."""
+    made = REFERENCE / "h100/attention/methods.parquet"
+    for name, factor in (("a", 1), ("b", 3)):
+        blank = {"budget": lambda x, f=factor: f * x, "time_ms": lambda x, f=factor: f * x}
+        copy(made, tmp_path / f"attention/{name}.parquet", {"started": f"203{factor}-01-01"}, **blank)
+    numbers, _ = methods.numbers(Records(tmp_path))
+    before = {r["method"]: r for r in rows(made)}
+    bare = [name for name, r in before.items() if r["budget"] is None]
+    assert "full" in bare and sorted(numbers.method) == sorted(2 * [name for name in before if name not in bare] + bare)
+    for found in numbers.itertuples():
+        assert found.over_full == pytest.approx(before[found.method]["time_ms"] / before["full"]["time_ms"])
+
+
 def test_steps_of_two_machines_stand_beside_each_other(tmp_path):
     for device in ("NVIDIA X1", "NVIDIA X2"):
         copy(REFERENCE / "h100/attention/methods.parquet", tmp_path / f"attention/{device[-2:]}.parquet", {"device": device})
@@ -64,7 +79,9 @@ def test_steps_of_two_machines_stand_beside_each_other(tmp_path):
 
 
 class Both(test_contexts.Made):
-    """A run of either place of the question at every length."""
+    """A run of either place of the question at every length; of ``other`` trainings, too."""
+
+    other: dict | None = None  # identity of the model
 
     def __init__(self, *lengths: int):
         super().__init__(*lengths)
@@ -74,7 +91,9 @@ class Both(test_contexts.Made):
         return super().samples(run.name)
 
     def source(self, run):
-        return style.Source(run, test_contexts.FACTS | {"identity": {"question_in_prefill": run.parent.name == "prefill"}})
+        other = self.other if run.parent.name == "decode" else None
+        identity = {"model": other or {}, "question_in_prefill": bool(other) or run.parent.name == "prefill"}
+        return style.Source(run, test_contexts.FACTS | {"identity": identity})
 
     def headline(self, run):
         from macbench.summary import headline, summarise
@@ -95,17 +114,19 @@ def test_questions_outside_of_the_prefill_are_another_protocol():
     assert table1.shown(numbers).benchmark.tolist() == ["ruler 4K", "ruler 4K, question not in prefill"]
 
 
-@pytest.mark.parametrize(
-    ("commit", "device", "batch", "said"),
-    [
-        ("2771c410cc45", "NVIDIA H200", 10, True),
-        ("2771c410cc45", "NVIDIA H200", 1, False),
-        ("2771c410cc45", "NVIDIA H200", "null", False),
-        ("2771c410cc45", "cpu (2 threads)", 10, False),
-        ("8852f77aaaaa", "NVIDIA H200", 10, False),
-    ],
-)
-def test_captions_say_which_batches_had_a_mistake(commit, device, batch, said, tmp_path):
-    (tmp_path / "config.yaml").write_text(f"model: tiny\nbatch: {batch}\nengine:\n  graph: true\n")
-    text = style.made([style.Source(tmp_path, {"git": {"commit": commit}, "device": device})] * 2, "made")
-    assert text.count("Decoded in batches before a mistake with requests that had ended was mended (README).") == said
+@pytest.mark.parametrize(("sha256", "name"), [("58a0bfc9" + 56 * "0", "58a0bfc9"), (None, "unknown")])
+def test_another_adapter_is_another_model(sha256, name, tmp_path):
+    records = Both(4096, 8192, 16384)
+    records.other = {"name": "smollm2_128k", "adapter": "a2.safetensors", "adapter_sha256": sha256}
+    found = contexts.longest(records)
+    assert {key[2]: {s.path.parent.name for _, s in runs.values()} for key, runs in found.items()} == {"": {"prefill"}, f"adapter {name}": {"decode"}}
+    drawn = [d for d in contexts.make(records, tmp_path) if name in d.name]
+    assert len(drawn) == 3 and all(f"adapter {name}" in d.title and "not the one that ships" in d.caption for d in drawn)
+    records.other["adapter_sha256"] = load_option("model", "smollm2_128k").adapter_sha256
+    assert {key[2] for key in contexts.longest(records)} == {""}
+
+
+def test_a_mean_over_some_subtasks_says_so(monkeypatch):
+    records = Both(4096)
+    monkeypatch.setattr(test_contexts, "FACTS", {**test_contexts.FACTS, "protocol": {"subtasks": ["vt", "cwe", "fwe", "more"]}})
+    assert table1.shown(table1.compared(records)[0]).benchmark.tolist()[0] == "ruler 4K, 3 of 4 subtasks"

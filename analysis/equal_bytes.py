@@ -1,6 +1,6 @@
 """Methods at equal measured bytes: the tables of README.md and of docs/equal_bytes.md, from parquet.
 
-python -m analysis.equal_bytes [RUNS_DIR ...]          a row per method, a column per context and budget
+python -m analysis.equal_bytes [RUNS_DIR ...]          a row per method, a column per context and budget: score [95% interval against full attention]
 python -m analysis.equal_bytes --full [RUNS_DIR ...]   everything that a comparison measures, a table per context
 
 Without folders, from the reference runs of task=ruler. Both are Markdown. ms/token is that of the reference's own short runs (analysis.step_times),
@@ -12,55 +12,54 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.load import compared, run_folders
-from analysis.sanity import RUNS
-from analysis.table import markdown
-from macbench import parts
+from analysis.load import RUNS, measured, run_folders
+from analysis.step_times import recorded
+from analysis.table import MISSING, markdown
 from macbench.errors import ConfigError
-from macbench.summary import REFERENCE, headline, summarise
 
 REFERENCE_TIMES = "runs/reference/*/step_times.parquet"
 FLOOR = "floor"  # a method that other budgets were found for cannot read so little
 
 
-def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
-    """By context length, a row per method and ``budget`` (text; '' of what runs as it is) over all subtasks: see ``summary.COLUMNS``."""
-    return {ctx: headline(summarise(part, each=False)) for ctx, part in compared(folders).items()}
-
-
 def short(folders: list[Path]) -> str:
-    """Scores; below, those of methods that no budget was found for, with their ratios."""
+    """Scores with the interval of their difference to full attention; below, methods that no budget was found for, at their own ratios."""
     found = {ctx: table.set_index(["method", "variant"]) for ctx, table in measured(folders).items()}
     places = [(ctx, budget) for ctx, table in found.items() for budget in sorted({b for _, b in table.index if b}, key=float)]
     everyone = list(dict.fromkeys(method for table in found.values() for method, _ in table.index))
     fitted = [name for name in everyone if any((name, budget) in found[ctx].index for ctx, budget in places)]
 
-    def score(name: str, ctx: int, budget: str) -> float:
-        return found[ctx].score.get((name, budget), -1.0)
+    def at(name: str, ctx: int, budget: str = "") -> pd.Series | None:
+        return found[ctx].loc[(name, budget)] if (name, budget) in found[ctx].index else None
 
-    fitted.sort(key=lambda name: [-score(name, *place) for place in reversed(places[: len(places) // len(found)])])
-    cells = [[f"{s:.2f}" if (s := score(name, *place)) >= 0 else FLOOR for place in places] for name in fitted]
-    columns = ["method", *(f"{ctx // 1024}K, {budget}" for ctx, budget in places)]
-    lines = [markdown(pd.DataFrame([[name, *row] for name, row in zip(fitted, cells, strict=True)], columns=columns)), ""]
-    for name in (name for name in everyone if name not in fitted):
-        rows = {ctx: table.loc[(name, "")] for ctx, table in found.items() if (name, "") in table.index}
-        said = ", ".join(f"{row.score:.2f} at {ctx // 1024}K ({row.rho_bytes:.2f})" for ctx, row in rows.items())
-        lines.append(f"{name}: {said}" + ("" if name == REFERENCE else f"; next tokens {_shares(rows)}") + "  ")
-    return "\n".join(lines)
+    def rank(name: str) -> list[float]:
+        rows = (at(name, *place) for place in reversed(places[: len(places) // len(found)]))
+        return [1.0 if row is None else -row.score for row in rows]
+
+    budgets = pd.DataFrame({"method": sorted(fitted, key=rank)})
+    for ctx, budget in places:
+        budgets[f"{ctx // 1024}K, {budget}"] = [_score(at(name, ctx, budget), 2) for name in budgets.method]
+    own = pd.DataFrame({"at its own ratio": [name for name in everyone if name not in fitted]})
+    for ctx in found:
+        rows = [at(name, ctx) for name in own.iloc[:, 0]]
+        own[f"rho_bytes, {ctx // 1024}K"] = [_number(row, "rho_bytes", ".2f") for row in rows]
+        own[f"score, {ctx // 1024}K"] = [_score(row, 3) for row in rows]
+        own[f"next tokens, {ctx // 1024}K"] = [_number(row, "top1_agreement", ".1%") for row in rows]
+    return "\n\n".join(markdown(table) for table in (budgets, own) if len(table))
 
 
-def _shares(rows: dict) -> str:
-    return ", ".join(f"{100 * row.top1_agreement:.1f}%" if pd.notna(row.top1_agreement) else "-" for row in rows.values())
+def _score(row: pd.Series | None, digits: int) -> str:
+    if row is None:
+        return FLOOR
+    ends = (row.difference_low, row.difference_high)
+    return f"{row.score:.{digits}f}" + (" [{:+.2f}, {:+.2f}]".format(*ends) if pd.notna(ends[0]) else "")
 
 
-def step_times() -> pd.DataFrame | None:
-    """The reference's step times, by ctx, method and budget; None without."""
-    files = sorted(Path().glob(REFERENCE_TIMES))
-    return parts.read(files[0]).to_pandas().set_index(["ctx", "method", "budget"]).ms_p50 if files else None
+def _number(row: pd.Series | None, name: str, form: str) -> str:
+    return MISSING if row is None or pd.isna(row[name]) else format(row[name], form)
 
 
 def full(folders: list[Path], times: pd.Series | None = None) -> str:
-    """Score with its interval against full attention, the three ratios, time per token and fidelity. ``times``: see ``step_times``."""
+    """Score with its interval against full attention, the three ratios, time per token and fidelity. ``times``: ms by ctx, method and budget."""
     names = ["method", "budget", "score", "vs full [95%]", "W/L/T", "n(1pt)", "rho_log", "rho_phys", "rho_bytes", "ms/token", "top1", "KL", "err"]
     parts = []
     for ctx, table in measured(folders).items():
@@ -96,7 +95,7 @@ def main(arguments: list[str]) -> None:
     if not folders:
         sys.exit("analysis.equal_bytes: no runs below " + " ".join(map(str, roots)))
     try:
-        print(full(folders, step_times() if roots == [RUNS] else None) if "--full" in arguments else short(folders))
+        print(full(folders, recorded(REFERENCE_TIMES) if roots == [RUNS] else None) if "--full" in arguments else short(folders))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Find run folders and read their sample rows."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pandas as pd
 
 from macbench.errors import ConfigError
 from macbench.records import read_table
-from macbench.summary import REFERENCE
+from macbench.summary import REFERENCE, headline, summarise
 
+# The reference runs that compare all methods.
+RUNS = Path("runs/reference/h100/ruler/smollm2")
 # In the label of a variant that was fitted to a budget.
 BUDGET = re.compile(r"budget=([\d.]+)")
 
@@ -28,6 +31,11 @@ def samples(folder: Path) -> pd.DataFrame:
     return frame[frame.error.isna()].assign(model=folder.parent.parent.name, device=facts["device"], commit=commit)
 
 
+def compares(frame: pd.DataFrame) -> bool:
+    """Whether a run has any method besides full attention."""
+    return bool((frame.method != REFERENCE).any())
+
+
 def swept(frame: pd.DataFrame) -> bool:
     """Whether a run is a grid over one method's knobs, which analysis.sweep draws."""
     others = frame[frame.method != REFERENCE]
@@ -37,19 +45,27 @@ def swept(frame: pd.DataFrame) -> bool:
 def compared(folders: list[Path]) -> dict[int, pd.DataFrame]:
     """By context length, the sample rows of the run that compares methods, ``variant`` being its budget (text; '' of what runs as it is).
 
-    Runs over one method's knobs are left out. Two runs of one length are no comparison: ConfigError.
+    Left out are runs over one method's knobs, of full attention alone and, beside runs at budgets, those without any budget.
+    Two runs of one length are no comparison: ConfigError.
     """
+    frames = {folder: samples(folder) for folder in folders}
+    frames = {folder: frame for folder, frame in frames.items() if compares(frame) and not swept(frame)}
+    fitted = {folder: frame for folder, frame in frames.items() if frame.variant.str.extract(BUDGET, expand=False).notna().any()}
     runs, found = {}, {}
-    for folder in folders:
-        frame = samples(folder)
-        if swept(frame):
-            continue
+    for folder, frame in (fitted or frames).items():
         for ctx, part in frame.groupby("ctx"):
             if ctx in found:
                 raise ConfigError("RUNS_DIR", str(folder), f"has ctx={ctx}, as {runs[ctx]} has: name one run for each length")
             runs[ctx] = folder
             found[ctx] = part.assign(variant=part.variant.str.extract(BUDGET, expand=False).fillna(""))
+    if folders and not found:
+        raise ConfigError("RUNS_DIR", os.path.commonpath(folders), "has no run that compares methods with full attention")
     return dict(sorted(found.items()))
+
+
+def measured(folders: list[Path]) -> dict[int, pd.DataFrame]:
+    """Of ``compared`` runs, by context length, a row per method and budget over all subtasks: see ``summary.COLUMNS``."""
+    return {ctx: headline(summarise(part, each=False)) for ctx, part in compared(folders).items()}
 
 
 def guesses(folder: Path) -> dict[str, float]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.equal_bytes import interval, measured
+from analysis.equal_bytes import interval
 from analysis.load import compared, run_folders
 from analysis.table import MISSING, markdown
 from macbench.errors import ConfigError
 from macbench.stats import paired
+from macbench.summary import headline, summarise
 
 COLUMNS = [
     *("method", "budget", "prefilled: score", "vs full [95%]", "rho_bytes"),
@@ -24,18 +25,21 @@ COLUMNS = [
 
 
 def tables(given: list[Path], asked: list[Path]) -> str:
-    """``given``: runs with the question in the prefill; ``asked``: without. What only one of them has is left out."""
+    """``given``: runs with the question in the prefill; ``asked``: without. What only one of them has, methods or examples, is left out."""
     samples = [compared(folders) for folders in (given, asked)]
-    rows = [{ctx: table.set_index(["method", "variant"]) for ctx, table in measured(folders).items()} for folders in (given, asked)]
     parts = []
     for ctx in (c for c in samples[1] if c in samples[0]):
-        before, after = rows[0][ctx], rows[1][ctx]
-        lines = []
-        for key in (k for k in after.index if k in before.index):
-            lines.append([*key, *_cells(before.loc[key]), *_cells(after.loc[key]), _change(samples[0][ctx], samples[1][ctx], key)])
-        examples = int(after.examples.max())
-        parts.append(f"### {ctx // 1024}K, {examples} examples\n\n{markdown(pd.DataFrame(lines, columns=COLUMNS))}")
+        ours, theirs = _same(samples[0][ctx], samples[1][ctx]), _same(samples[1][ctx], samples[0][ctx])
+        before, after = (headline(summarise(part, each=False)).set_index(["method", "variant"]) for part in (ours, theirs))
+        lines = [[*key, *_cells(before.loc[key]), *_cells(after.loc[key]), _change(ours, theirs, key)] for key in after.index if key in before.index]
+        title = f"### {ctx // 1024}K, {int(after.examples.max())} examples of {', '.join(theirs.subtask.unique())}"
+        parts.append(f"{title}\n\n{markdown(pd.DataFrame(lines, columns=COLUMNS))}")
     return "\n\n".join(parts)
+
+
+def _same(frame: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the examples that ``other`` has, too."""
+    return frame.merge(other[["subtask", "example_id"]].drop_duplicates())
 
 
 def _cells(row) -> list[str]:

@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.load import compared, run_folders
+from analysis.load import RUNS, measured, run_folders
 from macbench.errors import ConfigError
-from macbench.summary import REFERENCE, headline, summarise
-
-RUNS = Path("runs/reference/h200/ruler/smollm2")
+from macbench.summary import REFERENCE
 
 
 class Published(NamedTuple):
@@ -44,8 +42,8 @@ PUBLISHED = {
 def kept(folders: list[Path]) -> pd.DataFrame:
     """Score over full attention's score, a row per method and ``budget`` (text; '' without one), a column per context length."""
     columns = {}
-    for ctx, part in compared(folders).items():
-        rows = headline(summarise(part, each=False)).set_index(["method", "variant"])
+    for ctx, found in measured(folders).items():
+        rows = found.set_index(["method", "variant"])
         full = rows.score.get((REFERENCE, ""))
         if full:
             columns[ctx] = rows.score.drop(REFERENCE, level=0) / full

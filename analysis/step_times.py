@@ -2,9 +2,9 @@
 
     python -m analysis.step_times RUNS_DIR [RUNS_DIR ...] [out=runs/reference/h100/step_times.parquet]
 
-A run for this is short, and one process makes it: the times of processes that share a card say nothing of a method. Median and 90th percentile over
-all steps; the requests of a batch decode in step, so a step is a token of each of them. The first step of a generation counts like the others:
-compiling and capturing come before it.
+A run for this is short, and one process makes it: the times of processes that share a card say nothing of a method. A row per request, with the mean
+time of its steps (tpot_ms of the samples): the requests of a batch decode in step, so a step is a token of each of them. Compiling and capturing come
+before the first step.
 """
 
 import json
@@ -14,39 +14,42 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from analysis.load import BUDGET, run_folders, swept
+from analysis.load import BUDGET, run_folders, samples, swept
 from analysis.table import markdown
+from macbench import parts
 from macbench.attention.table import write
 from macbench.errors import ConfigError
-from macbench.records import read_table
 from macbench.untrusted import configuration
 
-_KEY = [("ctx", pa.int64()), ("batch", pa.int64()), ("method", pa.string()), ("budget", pa.string())]
-SCHEMA = pa.schema([*_KEY, ("steps", pa.int64()), ("ms_p50", pa.float64()), ("ms_p90", pa.float64()), ("device", pa.string())])
+_TEXT, _INT = pa.string(), pa.int64()
+_KEY = [("ctx", _INT), ("batch", _INT), ("method", _TEXT), ("budget", _TEXT), ("subtask", _TEXT), ("example_id", _TEXT)]
+SCHEMA = pa.schema([*_KEY, ("steps", _INT), ("ms", pa.float64()), ("device", _TEXT)])
 
 
 def measured(folders: list[Path]) -> pd.DataFrame:
-    """A row of ``SCHEMA`` per context, batch, method and ``budget`` (text; '' of what runs as it is). Sweeps are left out."""
-    rows = []
+    """A row of ``SCHEMA`` per request, ``ms`` being the mean of its steps and ``budget`` text ('' of what runs as it is). Sweeps are left out."""
+    found = []
     for folder in folders:
-        steps = read_table(folder, "steps", ["method", "variant", "latency_ms"])
-        if swept(steps):
-            continue
-        batch, device = configuration(folder).get("batch") or 1, _facts(folder)["device"]
-        for (method, variant), part in steps.groupby(["method", "variant"], sort=False):
-            found = BUDGET.search(variant)
-            key = {"ctx": int(folder.parent.name), "batch": batch, "method": method, "budget": found[1] if found else ""}
-            spread = {"ms_p50": part.latency_ms.median(), "ms_p90": part.latency_ms.quantile(0.9)}
-            rows.append(key | {"steps": len(part)} | spread | {"device": device})
-    table = pd.DataFrame(rows, columns=SCHEMA.names)
-    twice = table[table.duplicated(["ctx", "batch", "method", "budget"])]
+        frame = samples(folder)
+        if not swept(frame):
+            budget = frame.variant.str.extract(BUDGET, expand=False).fillna("")
+            found.append(frame.assign(batch=configuration(folder).get("batch") or 1, budget=budget, steps=frame.decode_steps, ms=frame.tpot_ms))
+    table = pd.concat(found)[SCHEMA.names] if found else pd.DataFrame(columns=SCHEMA.names)
+    twice = table[table.duplicated([name for name, _ in _KEY])]
     if len(twice):
         raise ConfigError("RUNS_DIR", str(folders[-1]), f"{twice.iloc[0].method} at ctx={twice.iloc[0].ctx} is in two runs: name one for each length")
     return table.sort_values(["ctx", "batch"], kind="stable", ignore_index=True)
 
 
-def _facts(folder: Path) -> dict:
-    return json.loads((folder / "environment.json").read_text())
+def medians(table: pd.DataFrame) -> pd.Series:
+    """Median over the requests, ms, by ctx, method and budget, in the table's order."""
+    return table.groupby(["ctx", "method", "budget"], sort=False).ms.median()
+
+
+def recorded(pattern: str) -> pd.Series | None:
+    """``medians`` of the first file that matches; None without one."""
+    files = sorted(Path().glob(pattern))
+    return medians(parts.read(files[0]).to_pandas()) if files else None
 
 
 def main(arguments: list[str]) -> None:
@@ -56,9 +59,8 @@ def main(arguments: list[str]) -> None:
         sys.exit("analysis.step_times: no runs below " + " ".join(roots))
     try:
         table = measured(folders)
-        shown = table.assign(ms_p50=table.ms_p50.map("{:.2f}".format), ms_p90=table.ms_p90.map("{:.2f}".format))
-        print(markdown(shown.astype(str)))
-        facts = _facts(folders[0])
+        print(markdown(medians(table).map("{:.2f}".format).reset_index().astype(str)))
+        facts = json.loads((folders[0] / "environment.json").read_text())
         for target in (a.removeprefix("out=") for a in arguments if a.startswith("out=")):
             write(table.to_dict("records"), Path(target), {key: facts.get(key) for key in ("command", "git", "device", "packages")}, SCHEMA)
     except ConfigError as error:

@@ -21,8 +21,8 @@ class INT8(Method):
     Counted: Hkv * L * (2 d + 8) bytes as kv (codes and two scales per token); the new row is written in that form too. All tokens are
     accessed (rho_log = 1), so rho_bytes = (2 d + 8) / (4 d), whatever the length. No knob, no other mode.
 
-    Matrix units take no such codes; each is converted on its way to them. At 127K, batch 16, a step of one layer, timed once on an H200, takes 0.49
-    of the target of 1.3 times its bytes at 2.75 TB/s + 15 us; with the kernels before, 2.65 of it (kernels/NOTES.md).
+    Matrix units take no such codes; each is converted on its way to them, and still a step of one layer takes 0.70 of the target of 1.3 times its
+    bytes at 2.75 TB/s + 15 us (127K, batch 16, one H100; docs/methods.md).
     """
 
     def fit(self, rho, tokens, shape, generated=1):

@@ -31,9 +31,8 @@ class KIVI(Method):
     code of one value row per step is a write, that of a block of R keys every R steps is maint. All tokens are accessed: rho_log = 1.
     Floor of rho_bytes: (b / 8 + 4 / g) / 2.
 
-    A step takes longer than its bytes: matrix units take no such codes, and each is shifted, masked and converted on its way to them. At 127K, batch
-    16, a step of one layer, timed once on an H200, takes 1.16 (4 bits) and 1.68 (2 bits) of the target of 1.3 times its bytes at 2.75 TB/s + 15 us;
-    with the kernels before, 2.7 and 4.3 of it (kernels/NOTES.md).
+    A step takes longer than its bytes: matrix units take no such codes, and each is shifted, masked and converted on its way to them. With 2 bits at
+    127K, batch 16, a step of one layer takes 1.66 of the target of 1.3 times its bytes at 2.75 TB/s + 15 us (one H100; docs/methods.md).
     """
 
     bits: int = 4

@@ -69,9 +69,9 @@ class Multipole(Method):
     Counted per KV head, layer and step: exact rows; meta: a key centroid (d elements) and a count (4 bytes) per cluster, a value centroid
     (d elements) per far cluster; 4 bytes of idx per token of near clusters. rho_bytes is about (202 + B) / L + (1 - B / 2 L) / 16.
 
-    A step misses 1.3 times its bytes because of launches, not of bytes: a layer is 313 of them at batch 16 (kernels/NOTES.md). The list of near
-    clusters ends where their tokens exceed B, so scores of all clusters pass through several softmaxes, a sort and running sums, float32 for each
-    head and most of them torch's own, between the reads of key and of value centroids.
+    A step takes 2.79 of the target of 1.3 times its bytes at 2.75 TB/s + 15 us (127K, batch 16, ratio 0.07, one H100; docs/methods.md), because of
+    launches, not of bytes: a layer is 313 of them. The list of near clusters ends where their tokens exceed B, so scores of all clusters pass through
+    several softmaxes, a sort and running sums, float32 for each head and most of them torch's own, between the reads of key and of value centroids.
     """
 
     budget: int = 128

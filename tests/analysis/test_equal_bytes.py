@@ -31,8 +31,9 @@ def runs(monkeypatch):
 def test_methods_stand_in_the_order_of_their_scores_and_floors_are_named():
     text = equal_bytes.short([Path("run")]).splitlines()
     assert text[0] == "| method | 4K, 0.1 | 4K, 0.25 |"
-    assert text[2:4] == ["| snapkv | 0.15 | 0.38 |", "| quest | floor | 0.25 |"]
-    assert [line.strip() for line in text[5:]] == ["full: 0.75 at 4K (1.00)", "int8: 0.50 at 4K (0.50); next tokens 87.5%"]
+    assert text[2:4] == ["| snapkv | 0.15 [-1.00, -0.20] | 0.38 [-0.50, -0.25] |", "| quest | floor | 0.25 [-0.50, -0.50] |"]
+    assert text[5] == "| at its own ratio | rho_bytes, 4K | score, 4K | next tokens, 4K |"
+    assert text[7] == "| full | 1.00 | 0.750 | – |" and text[8].startswith("| int8 | 0.50 | 0.500 [") and text[8].endswith("] | 87.5% |")
 
 
 def test_the_full_table_has_what_a_comparison_measures():

@@ -138,6 +138,10 @@ CASES = {
         spoils.spoil_survivors,
         short_layers=2,
     ),
+    "pyramidkv faithful": Case(
+        *(maker(PyramidKV, capacity=25, beta=4, mode="faithful"), {"capacity": 500}, (None,), expected.snap_counts, spoils.spoil_survivors),
+        short_layers=2,
+    ),
     "tova": Case(maker(TOVA, capacity=25), {"capacity": 500}, ("mean",), expected.tova_counts, spoils.spoil_survivors),
     "tova faithful": Case(maker(TOVA, capacity=25, mode="faithful"), {"capacity": 500}, (None,), expected.tova_counts, spoils.spoil_survivors),
     "h2o": Case(maker(H2O, heavy=15, recent=10), {"heavy": 300, "recent": 300}, (None,), expected.h2o_counts, spoils.spoil_survivors, scored=True),

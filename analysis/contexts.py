@@ -4,6 +4,7 @@ One picture and two tables for every model and task with runs of one experiment 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _SCORED = {"ruler"}  # tasks whose subtasks are the same at every length
 
 
 def longest(records: Records) -> dict[tuple[str, str, str], dict[int, tuple[pd.DataFrame, Source]]]:
-    """For each task, model and place of the question (``Source.question``), by ctx: the sample rows of one run with full attention.
+    """For each task, model and kind of run (``Source.apart``), by ctx: the sample rows of one run with full attention.
 
     Of several a GPU's, then the one with the most methods, the most rows, the newest.
     """
@@ -41,7 +42,7 @@ def longest(records: Records) -> dict[tuple[str, str, str], dict[int, tuple[pd.D
             continue
         frame = frame[frame.variant == ""]  # a budget's knob differs from length to length
         rank = ("NVIDIA" in source.device, frame.method.nunique(), len(frame), source.facts.get("started", ""))
-        place = found.setdefault((first.task, first.model, source.question), {})
+        place = found.setdefault((first.task, first.model, source.apart), {})
         if first.ctx not in place or rank > place[first.ctx][0]:
             place[int(first.ctx)] = (rank, frame, source)
     found = {key: {ctx: kept[1:] for ctx, kept in sorted(by.items())} for key, by in found.items() if len(by) >= FEWEST}
@@ -69,16 +70,27 @@ def numbers(runs: dict[int, tuple[pd.DataFrame, Source]]) -> pd.DataFrame:
 
 def make(records: Records, out: Path) -> list[Drawn]:
     drawn = []
-    for (task, model, question), runs in longest(records).items():
-        sources, found, name = [source for _, source in runs.values()], numbers(runs), "-".join([NAME, task, model, *question.split()])
+    for (task, model, apart), runs in longest(records).items():
+        sources, found, name = [source for _, source in runs.values()], numbers(runs), "-".join([NAME, task, model, *re.findall(r"\w+", apart)])
         subtasks = [WHOLE, *(s for s in order(runs) if s in set(found.subtask))]
         made = style.made(sources, f"{model}, {task}: {examples(found)} examples of each subtask at {', '.join(map(style.tokens, runs))}")
-        drawn.append(picture(found, subtasks, out, name, f"{TITLE}, {task}, {model}", f"{made} Bars: 95% bootstrap intervals."))
-        text = f"{made} ± one standard error."
-        card = shown(found[found.method == REFERENCE], "subtask", subtasks)
-        drawn.append(table.save(card, out, f"{name}-full", f"Full attention by subtask, {task}, {model}", text, ""))
-        methods = shown(found[found.subtask == WHOLE], "method", list(dict.fromkeys(found.method)))
-        drawn.append(table.save(methods, out, f"{name}-methods", f"Methods, mean over subtasks, {task}, {model}", text, ""))
+        made += lacking(found, subtasks[1:])
+        title = ", ".join(filter(None, [task, model, apart]))
+        drawn.append(
+            picture(
+                found,
+                subtasks,
+                out,
+                name,
+                f"{TITLE}, {title}",
+                f"{made} Bars: 95% bootstrap intervals, without width where all examples score alike.",
+            )
+        )
+        text = f"{made} ± one standard error, in brackets the number of examples."
+        card = shown(found[found.method == REFERENCE], "subtask", subtasks, list(runs))
+        drawn.append(table.save(card, out, f"{name}-full", f"Full attention by subtask, {title}", text, ""))
+        methods = shown(found[found.subtask == WHOLE], "method", list(dict.fromkeys(found.method)), list(runs))
+        drawn.append(table.save(methods, out, f"{name}-methods", f"Methods, mean over subtasks, {title}", text, ""))
     return drawn
 
 
@@ -93,16 +105,33 @@ def examples(found: pd.DataFrame) -> str:
     return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
 
 
+def lacking(found: pd.DataFrame, every: list[str]) -> str:
+    """A sentence for each length at which some subtasks were not run; '' without."""
+    said = ""
+    for ctx, mine in found.groupby("ctx"):
+        if lacks := [subtask for subtask in every if subtask not in set(mine.subtask)]:
+            what = ", ".join(lacks) if len(lacks) < 5 else f"{len(lacks)} of {len(every)} subtasks"
+            said += f" No mean at {style.tokens(ctx)} (without {what})."
+    return said
+
+
 def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, title: str, caption: str) -> Drawn:
     rows = math.ceil(len(subtasks) / _COLUMNS)
     size = (style.WIDTH, 0.3 + 1.25 * rows)
     figure, panels = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
     styles, methods = looks(found), list(dict.fromkeys(found.method))
-    aside = {method: 1.06 ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}  # so that no bar hides another
+    aside = {method: 1.09 ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}  # so that no bar hides another
     for axes, subtask in zip(panels.flat, subtasks, strict=False):
         for method, mine in found[found.subtask == subtask].groupby("method", sort=False):
-            style.line(axes, mine.ctx * aside[method], mine[["score", "low", "high"]].to_numpy(), label=method, **styles[method])
+            style.line(
+                axes,
+                mine.ctx * aside[method],
+                mine[["score", "low", "high"]].to_numpy(),
+                label=method,
+                **styles[method] | {"markersize": 3, "linewidth": 1},
+            )
         style.doubling(axes, sorted(found.ctx.unique()))
+        axes.tick_params(axis="x", labelsize=6)
         axes.set_title("mean over subtasks" if subtask == WHOLE else subtask)
         axes.set_ylim(-0.05, 1.05)
     for axes in panels.flat[len(subtasks) :]:
@@ -114,12 +143,11 @@ def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, titl
     return style.save(figure, out, name, title, caption, "", legend=panels.flat[0])
 
 
-def shown(found: pd.DataFrame, key: str, names: list[str]) -> pd.DataFrame:
-    """score ± standard error as text: a row per name, a column per ctx."""
+def shown(found: pd.DataFrame, key: str, names: list[str], lengths: list[int]) -> pd.DataFrame:
+    """score ± standard error (examples) as text: a row per name, a column per ctx."""
 
     def cell(row) -> str:
-        return f"{row.score:.2f}" if pd.isna(row.se) else f"{row.score:.2f} ± {row.se:.2f}"
+        return f"{row.score:.2f}{'' if pd.isna(row.se) else f' ± {row.se:.2f}'} ({row.examples})"
 
     cells = {(getattr(row, key), row.ctx): cell(row) for row in found.itertuples()}
-    lengths = sorted(found.ctx.unique())
     return pd.DataFrame([{key: name} | {style.tokens(ctx): cells.get((name, ctx), table.MISSING) for ctx in lengths} for name in names])

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis import style
-from analysis.load import guesses, swept
+from analysis.load import compares, guesses, swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.summary import REFERENCE
@@ -27,7 +27,7 @@ _ROW = 0.155  # inches per method variant
 
 
 def make(records: Records, out: Path) -> list[Drawn]:
-    """A picture per run, most variants first, then shorter contexts; what is wrong with a run is told in ``lack`` of its Drawn."""
+    """A picture per run that has a method, most variants first, then shorter contexts; what is wrong with a run is told in ``lack`` of its Drawn."""
     if not records.runs:
         raise Missing("no runs of ruler, longbench_v2 or longgenbench; python -m macbench.run +experiment=fig1 scale=cpu makes one")
     drawn = []
@@ -35,7 +35,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
         name = "-".join([NAME, *run.parts[-4:]])
         try:
             frame, rows = records.samples(run), records.headline(run)
-            if not swept(frame) and set(frame.method) != {REFERENCE}:  # full attention alone has nothing beside it
+            if compares(frame) and not swept(frame):
                 drawn.append((-len(rows), *run.parts[-4:-2], frame.ctx.iloc[0], picture(frame, rows, records.source(run), name, out, guesses(run))))
         except Missing as lack:
             drawn.append((0, *run.parts[-4:-2], 0, Drawn(name, TITLE, "", [], lack=str(lack))))
@@ -56,7 +56,7 @@ def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, 
     subtasks = source.part(names) or (", ".join(names) if len(names) < 5 else f"{len(names)} subtasks")
     what = f"{first.model}, ctx {style.tokens(first.ctx)}: {examples} examples of {subtasks}; {len(rows)} method variants"
     made = style.made([source], f"{what}, {int(frame.decode_steps.sum()):,} decode steps")
-    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.question, source.machine]))
+    title = ", ".join(filter(None, [TITLE, first.task, first.model, style.tokens(first.ctx), source.apart, source.machine]))
     spread = "" if rows.difference_low.notna().any() or REFERENCE not in set(rows.method) else " One example per subtask gives no interval."
     aside = np.abs(side_by_side(rows.rho_bytes) / rows.rho_bytes - 1).max()
     beside = f"; on the left equal ones are drawn side by side, up to {math.ceil(100 * aside)}% off" if aside > 0.005 else ""

@@ -90,7 +90,7 @@ def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     for source, steps in found:
         for method, part in steps[steps.variant == ""].groupby("method"):
             quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
-            rows.append({"run": _said(source.path, source.machine, source.question), "method": method, "n": len(part), **quantiles})
+            rows.append({"run": _said(source.path, source.machine, source.apart), "method": method, "n": len(part), **quantiles})
             used.append(source)
     if not rows:
         raise Missing("no run has step rows")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from analysis.load import run_folders, samples
 from macbench import parts
+from macbench.cli import LONG_MODEL, load_option
 from macbench.errors import ConfigError, one_line
 from macbench.records import KEY, read_table
 from macbench.summary import headline, summarise
@@ -39,6 +40,12 @@ class Missing(Exception):
     """What a figure needs and does not find, in one line."""
 
 
+@cache
+def shipped() -> str:
+    """sha256 of the adapter that ships."""
+    return load_option("model", LONG_MODEL).adapter_sha256
+
+
 @dataclass(frozen=True)
 class Source:
     """A parquet file, or a folder of them, and what its metadata says of how it was made."""
@@ -59,6 +66,19 @@ class Source:
     def question(self) -> str:
         """'' where questions are part of the prefill, as they are by default; else a few words for the other protocol."""
         return "" if (self.facts.get("identity") or {}).get("question_in_prefill", True) else "question not in prefill"
+
+    @property
+    def adapter(self) -> str:
+        """'' or, of a model with an adapter other than the one that ships, a few words that tell it."""
+        model = (self.facts.get("identity") or {}).get("model") or {}
+        if not model.get("adapter") or model.get("adapter_sha256") == shipped():
+            return ""
+        return f"adapter {(model.get('adapter_sha256') or self.facts.get('model_sha256') or 'unknown')[:8]}"
+
+    @property
+    def apart(self) -> str:
+        """What keeps a run apart from others of its model, task and length: '' or a few words. Such runs are never one curve or row."""
+        return ", ".join(filter(None, [self.question, self.adapter]))
 
     @property
     def commit(self) -> str:

@@ -85,7 +85,8 @@ def made(sources: Iterable[Source], what: str) -> str:
     devices, commits = (", ".join(dict.fromkeys(getattr(s, key) for s in sources)) for key in ("device", "commit"))
     asked = " Questions are not in the prefill: decode steps process them." if sources and all(s.question for s in sources) else ""
     probe = f" {LONG_MODEL} is a probe of reads and hits: its scores say nothing about SmolLM2."
-    return f"{what}. {devices}; commit {commits}.{asked}{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}"
+    other = "".join(f" Its {adapter} is not the one that ships." for adapter in dict.fromkeys(s.adapter for s in sources) if adapter)
+    return f"{what}. {devices}; commit {commits}.{asked}{probe if any(LONG_MODEL in s.path.parts for s in sources) else ''}{other}"
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:

@@ -34,16 +34,16 @@ def compared(records: Records) -> tuple[pd.DataFrame, list[Source], list[str]]:
             continue
         if {REFERENCE, "mac"} <= set(frame.method) and not swept(frame):
             first = frame.iloc[0]
-            key = (first.model, first.task, first.ctx, source.question)
+            key = (first.model, first.task, first.ctx, source.apart)
             rank = ("NVIDIA" in source.device, len(frame[frame.method == "mac"]), source.facts.get("started", ""))
             if key not in found or rank > found[key][0]:
                 found[key] = (rank, records.headline(run), source, source.part(set(frame.subtask)))
     rows = []
-    for (model, task, ctx, question), (_, both, source, part) in sorted(found.items()):
+    for (model, task, ctx, apart), (_, both, source, part) in sorted(found.items()):
         full, mac = (both[both.method == m].iloc[0] for m in (REFERENCE, "mac"))
         row = {"model": model, "task": task, "ctx": ctx, "examples": int(mac.examples), "steps": int(mac.steps), "device": source.device}
         row |= {"full": full.score, "full_se": full.score_se, "mac": mac.score, "mac_se": mac.score_se}
-        rows.append(row | {"question": question, "part": part} | mac[_OF_MAC].to_dict())
+        rows.append(row | {"apart": apart, "part": part} | mac[_OF_MAC].to_dict())
     return pd.DataFrame(rows), [source for _, _, source, _ in found.values()], lacks
 
 
@@ -62,7 +62,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     """As text."""
     rows = []
     for r in found.itertuples():
-        benchmark = ", ".join(filter(None, [f"{r.task} {style.tokens(r.ctx)}", r.part, r.question]))
+        benchmark = ", ".join(filter(None, [f"{r.task} {style.tokens(r.ctx)}", r.part, r.apart]))
         row = {"model": r.model, "benchmark": benchmark, "n": str(r.examples), "full": scored(r.full, r.full_se)}
         row |= {"MAC": scored(r.mac, r.mac_se), "difference [95%]": differing(r), "hit rate": f"{r.hit_rate:.3f}"}
         saved = {

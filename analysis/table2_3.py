@@ -19,14 +19,14 @@ METHODS = ("full", "mac", "quest", "rocketkv", "multipole")
 
 
 def numbers(records: Records) -> tuple[pd.DataFrame, Path]:
-    """Headline rows of METHODS of the best run: LongBench v2 before RULER, the question in the prefill, a GPU before a CPU, more of these methods,
-    longer contexts."""
+    """Headline rows of METHODS of the best run: LongBench v2 before RULER, the question in the prefill and no other adapter, a GPU before a CPU,
+    more of these methods, longer contexts."""
     candidates, lacks = [], []
     for run in records.runs:
         try:
             frame, source = records.samples(run), records.source(run)
             have = set(frame.method) & set(METHODS)
-            rank = (frame.task.iloc[0] == "longbench_v2", not source.question, "NVIDIA" in source.device, len(have), int(frame.ctx.iloc[0]))
+            rank = (frame.task.iloc[0] == "longbench_v2", not source.apart, "NVIDIA" in source.device, len(have), int(frame.ctx.iloc[0]))
             if len(have) >= 3:
                 candidates.append((rank, run, frame))
         except Missing as lack:

@@ -41,7 +41,10 @@ def normalise(argv: list[str]) -> list[str]:
     """
     argv = [a for a in argv if a in _SWEEP] + [a for a in argv if a not in _SWEEP]
     argv = ["++" + a if a.startswith(("grid.", "grid=")) else a for a in argv]
-    return [*argv, f"model={LONG_MODEL}"] if _wants_long_model(argv) else argv
+    if _wants_long_model(argv):
+        first = next(i for i, a in enumerate(argv) if a.startswith("ctx="))  # beside another override: argparse takes them from one place only
+        argv.insert(first, f"model={LONG_MODEL}")
+    return argv
 
 
 def _wants_long_model(argv: list[str]) -> bool:

@@ -6,13 +6,14 @@ Each is a run folder, or one with runs below it. A difference is ``within`` if i
 larger than one example; of many comparisons one in twenty lies outside by chance. It also tells a probe from its base model.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from macbench import stats
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
 from macbench.records import find_runs, read_table
 from macbench.summary import REFERENCE
 
@@ -24,11 +25,21 @@ def scores(root: Path) -> pd.Series:
     runs, columns = list(find_runs(root)), [*_EXAMPLE, "method", "score", "error"]
     if len(models := {run.resolve().parent.parent.name for run in runs}) > 1:
         raise ConfigError("RUN", root, f"holds runs of several models ({', '.join(sorted(models))}); name the folder of one")
+    if len(adapters := {_adapter(run) for run in runs}) > 1:
+        raise ConfigError("RUN", root, f"holds runs of several adapters ({', '.join(sorted(adapters))}); name the folder of one")
     frame = pd.concat([pd.DataFrame(columns=columns), *(read_table(run, "samples", columns) for run in runs)])
     frame = frame[(frame.method == REFERENCE) & frame.error.isna()].drop_duplicates(_EXAMPLE)
     if frame.empty:
         raise ConfigError("RUN", root, "holds no finished example of full attention")
     return frame.set_index(_EXAMPLE).score.astype(float)
+
+
+def _adapter(run: Path) -> str:
+    """A short name of what a run's model is besides its base weights."""
+    try:
+        return str(json.loads((run / "environment.json").read_text()).get("model_sha256"))[:8]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("RUN", run, f"its environment.json cannot be read ({one_line(error)})") from error
 
 
 def compare(ours: pd.Series, theirs: pd.Series) -> pd.DataFrame:

@@ -49,7 +49,7 @@ def test_numbers_and_files(tmp_path):
     card = drawn[1].frame
     assert card.columns.tolist() == ["subtask", "4K", "8K", "16K"] and card.subtask.tolist() == ["all", "vt", "cwe", "fwe"]
     row = found.loc["full", "vt", 8192]
-    assert card["8K"][1] == f"{row.score:.2f} ± {row.se:.2f}"
+    assert card["8K"][1] == f"{row.score:.2f} ± {row.se:.2f} ({row.examples:.0f})"
 
 
 def test_what_lacks(monkeypatch):
@@ -59,5 +59,18 @@ def test_what_lacks(monkeypatch):
     whole = records.samples
     monkeypatch.setattr(records, "samples", lambda run: whole(run) if str(run) != "8192" else whole(run)[lambda frame: frame.subtask != "vt"])
     (runs,) = contexts.longest(records).values()
-    found = contexts.shown(contexts.numbers(runs), "subtask", ["all", "vt", "cwe"])
+    numbers = contexts.numbers(runs)
+    assert contexts.lacking(numbers, ["vt", "cwe", "fwe"]) == " No mean at 8K (without vt)."
+    assert contexts.shown(numbers, "method", ["mac"], [4096, 8192]).columns.tolist() == ["method", "4K", "8K"]
+    found = contexts.shown(numbers, "subtask", ["all", "vt", "cwe"], list(runs))
     assert found["8K"].tolist()[:2] == ["–", "–"] and "±" in found["8K"][2]
+
+
+def test_the_probes_card_holds_what_the_reference_runs_say():
+    """Scores of full attention by task and length, as make figures writes them."""
+    root = Path(__file__).parents[2]
+    (runs,) = contexts.longest(Records(root / "runs/reference/h100/ruler/smollm2_128k")).values()
+    runs = {ctx: (frame[frame.method == "full"], source) for ctx, (frame, source) in runs.items()}
+    table = contexts.shown(contexts.numbers(runs), "subtask", ["all", *contexts.order(runs)], list(runs))
+    card = (root / "docs/smollm2_128k.md").read_text()
+    assert all(f"| {' | '.join(row)} |" in card for row in table.to_numpy().tolist()) and len(table) == 14

@@ -9,6 +9,7 @@ import pytest
 
 from analysis import contexts, fig7, methods, style, table1
 from analysis.records import Records
+from macbench.cli import load_option
 from tests.analysis import test_contexts
 from tests.analysis.test_numbers import REFERENCE, rows
 
@@ -78,7 +79,9 @@ def test_steps_of_two_machines_stand_beside_each_other(tmp_path):
 
 
 class Both(test_contexts.Made):
-    """A run of either place of the question at every length."""
+    """A run of either place of the question at every length; of ``other`` trainings, too."""
+
+    other: dict | None = None  # identity of the model
 
     def __init__(self, *lengths: int):
         super().__init__(*lengths)
@@ -88,7 +91,9 @@ class Both(test_contexts.Made):
         return super().samples(run.name)
 
     def source(self, run):
-        return style.Source(run, test_contexts.FACTS | {"identity": {"question_in_prefill": run.parent.name == "prefill"}})
+        other = self.other if run.parent.name == "decode" else None
+        identity = {"model": other or {}, "question_in_prefill": bool(other) or run.parent.name == "prefill"}
+        return style.Source(run, test_contexts.FACTS | {"identity": identity})
 
     def headline(self, run):
         from macbench.summary import headline, summarise
@@ -107,3 +112,21 @@ def test_questions_outside_of_the_prefill_are_another_protocol():
     assert "Questions are not in the prefill" in asked["question not in prefill"] and "Questions" not in asked[""]
     numbers, _, _ = table1.compared(Both(4096))
     assert table1.shown(numbers).benchmark.tolist() == ["ruler 4K", "ruler 4K, question not in prefill"]
+
+
+@pytest.mark.parametrize(("sha256", "name"), [("58a0bfc9" + 56 * "0", "58a0bfc9"), (None, "unknown")])
+def test_another_adapter_is_another_model(sha256, name, tmp_path):
+    records = Both(4096, 8192, 16384)
+    records.other = {"name": "smollm2_128k", "adapter": "a2.safetensors", "adapter_sha256": sha256}
+    found = contexts.longest(records)
+    assert {key[2]: {s.path.parent.name for _, s in runs.values()} for key, runs in found.items()} == {"": {"prefill"}, f"adapter {name}": {"decode"}}
+    drawn = [d for d in contexts.make(records, tmp_path) if name in d.name]
+    assert len(drawn) == 3 and all(f"adapter {name}" in d.title and "not the one that ships" in d.caption for d in drawn)
+    records.other["adapter_sha256"] = load_option("model", "smollm2_128k").adapter_sha256
+    assert {key[2] for key in contexts.longest(records)} == {""}
+
+
+def test_a_mean_over_some_subtasks_says_so(monkeypatch):
+    records = Both(4096)
+    monkeypatch.setattr(test_contexts, "FACTS", {**test_contexts.FACTS, "protocol": {"subtasks": ["vt", "cwe", "fwe", "more"]}})
+    assert table1.shown(table1.compared(records)[0]).benchmark.tolist()[0] == "ruler 4K, 3 of 4 subtasks"

@@ -121,6 +121,7 @@ def test_without_the_wheel(folder, tmp_path, monkeypatch):
     ("argv", "chosen"),
     [
         (["ctx=120k"], True),
+        (["ctx=120k", "limit=1", "--cfg", "job"], True),
         (["ctx=8k"], False),
         (["ctx=8193"], True),
         ([], False),
@@ -135,4 +136,4 @@ def test_a_long_context_gets_the_long_model(argv, chosen, folder, tmp_path, monk
     monkeypatch.setattr(lora, "packaged", lambda name: tmp_path / name)
     assert cli.normalise(argv) == argv  # no adapter is installed
     shutil.copy(folder / "adapter.safetensors", tmp_path / "smollm2_128k.safetensors")
-    assert cli.normalise(argv) == argv + ["model=smollm2_128k"] * chosen
+    assert cli.normalise(argv) == ["model=smollm2_128k"] * chosen + argv

@@ -1,5 +1,6 @@
 """Two trainings compared by their runs' scores."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -40,3 +41,12 @@ def test_command(capsys, tmp_path):
     error = capsys.readouterr().err.splitlines()
     assert error[1:2] == [f"macbench: RUN={tmp_path}: holds no finished example of full attention"]
     assert error[2:] == [f"macbench: RUN={tmp_path}: holds runs of several models (a, b); name the folder of one"]
+
+
+def test_two_adapters_of_one_model_are_never_pooled(tmp_path):
+    for name in ("a", "b"):
+        run = tmp_path / "ruler/probe/4096" / f"full-{name}"
+        (run / "samples").mkdir(parents=True)
+        (run / "environment.json").write_text(json.dumps({"model_sha256": name * 64}))
+    with pytest.raises(ConfigError, match=r"several adapters \(aaaaaaaa, bbbbbbbb\)"):
+        compare.scores(tmp_path)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis import style
-from analysis.load import guesses, swept
+from analysis.load import compares, guesses, swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
 from macbench.summary import REFERENCE
@@ -27,7 +27,7 @@ _ROW = 0.155  # inches per method variant
 
 
 def make(records: Records, out: Path) -> list[Drawn]:
-    """A picture per run that has a method; what is wrong with a run is told in ``lack`` of its Drawn and does not stop the others."""
+    """A picture per run that has a method, most variants first, then shorter contexts; what is wrong with a run is told in ``lack`` of its Drawn."""
     if not records.runs:
         raise Missing("no runs of ruler, longbench_v2 or longgenbench; python -m macbench.run +experiment=fig1 scale=cpu makes one")
     drawn = []
@@ -35,13 +35,13 @@ def make(records: Records, out: Path) -> list[Drawn]:
         name = "-".join([NAME, *run.parts[-4:]])
         try:
             frame, rows = records.samples(run), records.headline(run)
-            if not swept(frame) and set(frame.method) != {REFERENCE}:  # full attention alone has nothing beside it
-                drawn.append((len(rows), picture(frame, rows, records.source(run), name, out, guesses(run))))
+            if compares(frame) and not swept(frame):
+                drawn.append((-len(rows), *run.parts[-4:-2], frame.ctx.iloc[0], picture(frame, rows, records.source(run), name, out, guesses(run))))
         except Missing as lack:
-            drawn.append((0, Drawn(name, TITLE, "", [], lack=str(lack))))
+            drawn.append((0, *run.parts[-4:-2], 0, Drawn(name, TITLE, "", [], lack=str(lack))))
     if not drawn:
         raise Missing("no run compares methods, sweeps apart; python -m macbench.run +experiment=fig1 scale=cpu makes one")
-    return [item for _, item in sorted(drawn, key=lambda pair: -pair[0])]
+    return [item for *_, item in sorted(drawn, key=lambda made: made[:-1])]
 
 
 def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, out: Path, lines: dict[str, float] | None = None) -> Drawn:
@@ -116,8 +116,8 @@ def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]
         axes.annotate(label, (0.01, score), xycoords=("axes fraction", "data"), xytext=(0, 1.5), textcoords="offset points", fontsize=7, color="0.35")
     axes.set_xscale("log")
     axes.set_xlim(0.9 * rows.x.min(), max(1.1, 1.1 * rows.x.max()))
-    # A range of less than a decade gets every digit.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if rows.x.max() > 8 * rows.x.min() else range(1, 10)))
+    decade = rows.x.max() / rows.x.min()  # the less there is of one, the more of its digits have room
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decade > 8 else (1, 2, 3, 5, 7) if decade > 2.5 else range(1, 10)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     spread = rows.score_se.fillna(0)

@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -95,6 +96,7 @@ _LATER = {
     "layers": {"output_error"},
 }
 KEY = ["method", "variant", "subtask", "example_id"]
+_ENCODERS = 4  # threads
 # Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
 PACKED = "part-all"
 
@@ -188,11 +190,11 @@ class RunDirectory:
         """
         schemas = {table: schema.with_metadata({"macbench": redact(json.dumps(environment))}) for table, schema in SCHEMAS.items()}
         samples = {part: pa.Table.from_pylist(tables["samples"], schema=schemas["samples"]) for part, tables in examples.items()}
-        files = {}
-        for part, tables in examples.items():
-            data = {table: _stacked(tables[table], schemas[table]) for table in ("steps", "layers")} | {"samples": samples[part]}
-            # Samples last: their presence says that the example is complete.
-            files[part] = [(self.path / table / f"{part}.parquet", _encoded(rows)) for table, rows in data.items()]
+        tables = {table: [_stacked(rows[table], schemas[table]) for rows in examples.values()] for table in ("steps", "layers")}
+        tables["samples"] = list(samples.values())  # last: their presence says that the example is complete
+        with ThreadPoolExecutor(_ENCODERS) as threads:
+            encoded = {table: list(threads.map(_encoded, data)) for table, data in tables.items()}
+        files = {part: [(self.path / table / f"{part}.parquet", encoded[table][i]) for table in encoded] for i, part in enumerate(examples)}
         try:
             stamps = self._whole([file for own in files.values() for file in own])
         except ConfigError:
@@ -274,9 +276,9 @@ def _read(part: Path, table: str, columns: list[str] | None) -> pa.Table:
 
 
 def _encoded(data: pa.Table) -> memoryview:
-    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries of numbers would cost time and space."""
+    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries and statistics of numbers cost time and space."""
     file, texts = pa.BufferOutputStream(), [column.name for column in data.schema if column.type == pa.string()]
-    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True, write_statistics=False)
     return memoryview(file.getvalue())
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 
 from macbench.errors import ConfigError, one_line
-from macbench.records import read_table
 from macbench.untrusted import document
 
 FILE = "asked.json"
@@ -29,9 +28,8 @@ class Asked:
         """(subtask, index) of every example."""
         return [(subtask, index) for subtask, number in self.examples.items() for index in range(number)]
 
-    def rows(self, run: Path) -> pd.DataFrame:
+    def rows(self, samples: pd.DataFrame) -> pd.DataFrame:
         """The sample rows of these examples, in this order."""
-        samples = read_table(run, "samples")
         those = {(subtask, str(index)) for subtask, index in self.places()}
         samples = samples[[pair in those for pair in zip(samples.subtask, samples.example_id, strict=True)]]
         order = {tuple(variant): i for i, variant in enumerate(self.variants)}

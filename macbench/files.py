@@ -13,7 +13,9 @@ from typing import IO
 SCRATCH = ".writing-"
 # What says that a disk did not keep a folder; anything else, that its file system keeps folders by itself or cannot be asked to.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_THREADS = 16  # that wait for the disk
 Write = Callable[[IO[bytes]], object]
+Stamp = tuple[int, int]
 
 
 def write_whole(target: Path, write: Write) -> None:
@@ -21,9 +23,9 @@ def write_whole(target: Path, write: Write) -> None:
     write_in_order([(target, write)])
 
 
-def write_in_order(files: list[tuple[Path, Write]]) -> None:
+def write_in_order(files: list[tuple[Path, Write]]) -> list[Stamp]:
     """Several files, each as by ``write_whole``. They appear one after the other once all are safe on the disk, and then their names are made
-    safe, too; a journal that is asked for all of them at once writes them for little more than the price of one."""
+    safe, too; a journal that is asked for all of them at once writes them for little more than the price of one. Returns their stamps."""
     with ExitStack() as stack:
         opened = []
         for target, write in files:
@@ -32,11 +34,17 @@ def write_in_order(files: list[tuple[Path, Write]]) -> None:
             write(file)
             file.flush()
             opened.append(file)
-        with ThreadPoolExecutor(len(files)) as threads:
+        with ThreadPoolExecutor(min(len(files), _THREADS)) as threads:
             list(threads.map(os.fsync, [file.fileno() for file in opened]))
             for (target, _), file in zip(files, opened, strict=True):
                 os.replace(file.name, target)
             list(threads.map(_keep, {target.parent for target, _ in files}))
+        return [stamp(os.fstat(file.fileno())) for file in opened]
+
+
+def stamp(found: os.stat_result) -> Stamp:
+    """Tells a file from every other one that takes its place."""
+    return found.st_ino, found.st_mtime_ns
 
 
 def make_folder(path: Path) -> None:

@@ -16,7 +16,7 @@ from macbench.environment import continued
 from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_in_order
 from macbench.leases import Leases
-from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs, foreign
+from macbench.records import KEY, SCHEMAS, RunDirectory, config_hash, find_runs, foreign, read_table
 from macbench.summary import summarise
 from macbench.tables import format_summary
 from macbench.tasks.base import guesses
@@ -67,7 +67,7 @@ def merge(source: Path, target: Path) -> dict[str, int]:
 def summary(run: Path) -> pd.DataFrame:
     """The table of a merged run, kept as its summary.json."""
     task = task_class(run)
-    samples = asked.read(run).rows(run)
+    samples = asked.read(run).rows(read_table(run, "samples"))
     table = summarise(samples, guesses(task, samples))
     RunDirectory(run).write_text("summary.json", table.to_json(orient="records", indent=1))
     return table

@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,20 @@ class Partial:
 
     def __init__(self, run: Path, method: str, variant: str, example: Example, every: int = EVERY):
         self.every = every
-        call = _digest(method, variant, example.input_ids, example.max_new_tokens, repr(example.sampling))  # a follow-up has other ids
-        self.folder = example_folder(run, example) / call
-        self.earlier = self.load()
+        self._place = run, method, variant, example
+        kept = example_folder(run, example).is_dir()
+        self.earlier = self.load() if kept else None
         # Later parts are numbered and counted from here on.
-        self._parts = len(self._files())
+        self._parts = len(self._files()) if kept else 0
         self._tokens = len(self.earlier.tokens) if self.earlier else 0
         self._steps = 0
+
+    @cached_property
+    def folder(self) -> Path:
+        """Named by a digest of the whole prompt, which takes longer than to see that the example has no folder at all."""
+        run, method, variant, example = self._place
+        call = _digest(method, variant, example.input_ids, example.max_new_tokens, repr(example.sampling))  # a follow-up has other ids
+        return example_folder(run, example) / call
 
     def save(self, generation: Generation) -> None:
         """Add what is new since the last ``save``. ``generation``: the engine's, whose steps begin where ``earlier`` ends."""

@@ -16,6 +16,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 
 from macbench import parts
 from macbench.errors import ConfigError, one_line
-from macbench.files import SCRATCH, make_folder, write_in_order
+from macbench.files import SCRATCH, Stamp, make_folder, stamp, write_in_order
 from macbench.redact import redact
 
 _KEY = [("run_id", pa.string()), ("method", pa.string()), ("variant", pa.string()), ("subtask", pa.string()), ("example_id", pa.string())]
@@ -94,6 +96,7 @@ _LATER = {
     "layers": {"output_error"},
 }
 KEY = ["method", "variant", "subtask", "example_id"]
+_ENCODERS = 4  # threads
 # Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
 PACKED = "part-all"
 
@@ -164,6 +167,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self._samples: dict[str, tuple[Stamp, pa.Table]] = {}  # what was written of these
         try:
             for table in SCHEMAS:
                 make_folder(self.path / table)
@@ -179,21 +183,27 @@ class RunDirectory:
         """Write a small file whole."""
         self._whole([(self.path / name, redact(text).encode())])
 
-    def write_example(self, part: str, tables: dict[str, list[dict]], environment: dict) -> None:
-        """Write all rows of one example; ``part``: its ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata.
+    def write_examples(self, examples: dict[str, dict[str, list[dict]]], environment: dict) -> None:
+        """Write all rows of some examples, by their ``part_name``; ``environment`` (small, JSON) goes into the parquet metadata.
 
-        ``tables``: ``samples`` a list of rows, ``steps`` and ``layers`` a list of blocks of columns (one text stands for a whole column).
+        Of an example: ``samples`` a list of rows, ``steps`` and ``layers`` a list of blocks of columns (one text stands for a whole column).
         """
-        name = part + ".parquet"
-        metadata = {"macbench": redact(json.dumps(environment))}
-        files = []
-        for table in ("steps", "layers", "samples"):  # samples last: its presence says that the example is complete
-            schema = SCHEMAS[table].with_metadata(metadata)
-            data = pa.Table.from_pylist(tables[table], schema=schema) if table == "samples" else _stacked(tables[table], schema)
-            files.append((self.path / table / name, _encoded(data)))
-        self._whole(files)
+        schemas = {table: schema.with_metadata({"macbench": redact(json.dumps(environment))}) for table, schema in SCHEMAS.items()}
+        samples = {part: pa.Table.from_pylist(tables["samples"], schema=schemas["samples"]) for part, tables in examples.items()}
+        tables = {table: [_stacked(rows[table], schemas[table]) for rows in examples.values()] for table in ("steps", "layers")}
+        tables["samples"] = list(samples.values())  # last: their presence says that the example is complete
+        with ThreadPoolExecutor(_ENCODERS) as threads:
+            encoded = {table: list(threads.map(_encoded, data)) for table, data in tables.items()}
+        files = {part: [(self.path / table / f"{part}.parquet", encoded[table][i]) for table in encoded] for i, part in enumerate(examples)}
+        try:
+            stamps = self._whole([file for own in files.values() for file in own])
+        except ConfigError:
+            if len(files) == 1:
+                raise
+            stamps = [found for own in files.values() for found in self._whole(own)]  # a disk that is full may have room for some
+        self._samples |= {part: (found, samples[part]) for part, found in zip(files, stamps[2::3], strict=True)}
 
-    def _whole(self, files: list[tuple[Path, bytes | memoryview]]) -> None:
+    def _whole(self, files: list[tuple[Path, bytes | memoryview]]) -> list[Stamp]:
         whole = [(target, lambda file, content=content: file.write(content)) for target, content in files]
         for last in (False, False, True):
             try:
@@ -201,6 +211,11 @@ class RunDirectory:
             except OSError as error:
                 if last or not isinstance(error, FileNotFoundError):  # that one: another process ``tidied`` while this one wrote
                     raise ConfigError("runs_dir", self.path, f"cannot be written ({error.strerror})") from error
+
+    def samples(self) -> pd.DataFrame:
+        """All sample rows. Parts that this process has written are not read again, as long as they are still its own."""
+        known = {part: data for part, (written, data) in self._samples.items() if self.stamp(part) == written}
+        return read_table(self.path, "samples", known=known)
 
     def done(self, retry_failed: bool = False) -> set[tuple[str, str, str, str]]:
         """Keys (method, variant, subtask, example_id) of the examples that are recorded; ``retry_failed``: without an error."""
@@ -213,48 +228,57 @@ class RunDirectory:
             for scratch in folder.glob(SCRATCH + "*"):
                 scratch.unlink(missing_ok=True)
 
-    def stamp(self, part: str) -> tuple[int, int] | None:
+    def stamp(self, part: str) -> Stamp | None:
         """Changes whenever the sample part of an example is written; None without one."""
         try:
-            found = (self.path / "samples" / f"{part}.parquet").stat()
+            return stamp((self.path / "samples" / f"{part}.parquet").stat())
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns
 
-    def stamps(self) -> dict[str, tuple[int, int]]:
+    def stamps(self) -> dict[str, Stamp]:
         """The ``stamp`` of every sample part."""
         parts = [path.stem for path in (self.path / "samples").glob("part-*.parquet")]
-        return {part: stamp for part in parts if (stamp := self.stamp(part))}
+        return {part: found for part in parts if (found := self.stamp(part))}
 
 
-def read_table(path: Path | str, table: str, columns: list[str] | None = None, complete: bool = False) -> pd.DataFrame:
+def read_table(
+    path: Path | str, table: str, columns: list[str] | None = None, complete: bool = False, known: dict[str, pa.Table] | None = None
+) -> pd.DataFrame:
     """All parts of a table of a run folder; a damaged or foreign part is a ConfigError that names it.
 
-    ``complete``: leave out parts whose counterpart in another table is missing; damaged counterparts are errors too.
+    ``complete``: leave out parts whose counterpart in another table is missing; damaged counterparts are errors too. ``known``: by their
+    names, parts that need not be read.
     """
     found = sorted((Path(path) / table).glob("part-*.parquet"))
     if complete:
         found = [part for part in found if all(_readable(part.parent.parent / other / part.name) for other in SCHEMAS)]
-    frames = []
-    for part in found:
-        try:
-            data = parts.read(part, columns)
+    read = [data if (data := (known or {}).get(part.stem)) is not None else _read(part, table, columns) for part in found]
+    if not read:
+        return pd.DataFrame(columns=columns or SCHEMAS[table].names)
+    # Those of one schema become a frame together, which takes little longer than one of them alone.
+    frames = [pa.concat_tables(alike).to_pandas() for _, alike in groupby(read, lambda data: data.schema)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _read(part: Path, table: str, columns: list[str] | None) -> pa.Table:
+    """A part, or some of its columns, as a ``SCHEMAS`` of ours or an earlier one says."""
+    try:
+        data = parts.read(part, columns)
+        data.validate(full=True)  # bytes that are no text, say
+        if not data.schema.equals(SCHEMAS[table]):
             if other := [field.name for field in data.schema if not _same_kind(field, table)]:
                 raise ValueError(f"column {other[0]} is of another kind")
             if absent := {*SCHEMAS[table].names} - {*data.schema.names} - _LATER[table] if columns is None else None:
                 raise ValueError(f"it has no column {min(absent)}")
-            frames.append(data.to_pandas())
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # the last one: bytes that are no text
-            raise _damaged(part, error, f"runs_dir ({table})") from error
-    if not frames:
-        return pd.DataFrame(columns=columns or SCHEMAS[table].names)
-    return pd.concat(frames, ignore_index=True)
+        return data
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise _damaged(part, error, f"runs_dir ({table})") from error
 
 
 def _encoded(data: pa.Table) -> memoryview:
-    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries of numbers would cost time and space."""
+    """A parquet file in memory, so that its hundreds of small pages cost one write. Dictionaries and statistics of numbers cost time and space."""
     file, texts = pa.BufferOutputStream(), [column.name for column in data.schema if column.type == pa.string()]
-    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True)
+    pq.write_table(data, file, compression="zstd", use_dictionary=texts, write_page_checksum=True, write_statistics=False)
     return memoryview(file.getvalue())
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial as bind
 from pathlib import Path
 
 from macbench import interrupt  # isort: skip  (first of the slow ones: it answers Ctrl-C during the imports below)
@@ -23,13 +24,14 @@ from macbench import asked, budget, cli, environment, experiment, judging, logge
 from macbench.asked import Asked
 from macbench.engine import Engine
 from macbench.errors import ConfigError, one_line
-from macbench.generate import answers, failure
+from macbench.generate import Made, answers, failure
 from macbench.leases import Leases, leftovers
 from macbench.models import placement
 from macbench.models.chat import Chat
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import LoadedModel, load, load_chat, max_context, planned_shape, resolve_device, resolve_dtype
 from macbench.progress import rate
+from macbench.recorder import Recorder
 from macbench.records import KEY, RunDirectory, config_hash, engine_knobs, placeless, read_table
 from macbench.redact import by_name, within
 from macbench.rows import records
@@ -90,7 +92,7 @@ def run(cfg: DictConfig) -> int:
     failed = int(table.errors.where(table.subtask != "all", 0).sum())
     unjudged = 0
     if hasattr(plan.task, "checks"):
-        unjudged = judging.judge_run(directory.path, plan.task, plan.asked.rows(directory.path), cfg.judge, plan.device)
+        unjudged = judging.judge_run(directory.path, plan.task, plan.asked.rows(directory.samples()), cfg.judge, plan.device)
     if failed:
         print(f"macbench: {failed} example(s) failed; their rows carry the error, retry=failed tries them again", file=sys.stderr)
     if unjudged:
@@ -297,23 +299,43 @@ def pending(cfg: DictConfig, plan: Plan, directory: RunDirectory) -> Work:
 
 
 def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directory: RunDirectory, facts: dict, log, cfg: DictConfig) -> None:
-    """Make and record every missing example that no other process makes."""
+    """Make and record every missing example that no other process makes.
+
+    A single example is on the disk before the next one begins, so that a kill costs one at most; its writing hides behind the making of
+    the next prompt. A batch is written while the next one is prefilled.
+    """
     task, variants = plan.task, plan.variants
     follow = getattr(task, "follow", cfg.follow)
-    with Leases(directory.path) as leases, tqdm(total=len(work), unit="example", dynamic_ncols=True) as bar:
+
+    def record(group: list[tuple[str, int]], examples: list[Example], made: Made) -> list[list[dict]]:
+        """Returns the sample rows of those that were recorded."""
+        tables = {}
+        for place, example, answered in zip(group, examples, made, strict=True):
+            rows = records(engine.ctx, task, variants, example, answered, directory.run_id)
+            if not (leases.lost(work.left[place]) or work.made(place)):  # else who took it over, while this process slept too long, makes it
+                tables[place] = rows
+        if tables:
+            directory.write_examples({work.left[place]: rows for place, rows in tables.items()}, facts)
+        for place, example in zip(group, examples, strict=True):
+            if place in tables:
+                partial.clear(directory.path, example)
+        return [rows["samples"] for rows in tables.values()]
+
+    def finish(group: list[tuple[str, int]], recorded: list[list[dict]]) -> None:
+        work.finished(leases, group)
+        for rows in recorded:
+            log.example(rows)
+
+    with Leases(directory.path) as leases, tqdm(total=len(work), unit="example", dynamic_ncols=True) as bar, Recorder() as recorder:
         waiting = lambda left: bar.set_description(f"{left} left to other processes")  # noqa: E731
-        for group in work.groups(leases, engine.batch, waiting):
+        for group in work.groups(leases, engine.batch, waiting, recorder.settle):
+            examples = [plan.example(*place) for place in group]
+            if engine.batch == 1:
+                recorder.settle()
             bar.update(bar.total - len(work) - bar.n)  # others' as well
             bar.set_description(group[0][0])
-            examples = [plan.example(*place) for place in group]
             made = answers(engine, model, task, variants, examples, directory.path, lambda stage: rate(bar, stage), follow)
-            for place, example, answered in zip(group, examples, made, strict=True):
-                tables = records(engine.ctx, task, variants, example, answered, directory.run_id)
-                if leases.lost(work.left[place]) or work.made(place):
-                    continue  # who took it over, while this process slept too long, makes it or has made it
-                directory.write_example(work.left[place], tables, facts)
-                partial.clear(directory.path, example)
-                log.example(tables["samples"])
+            recorder.put(bind(record, group, examples, made), bind(finish, group))
         bar.update(bar.total - bar.n)
     if leases.last:
         directory.tidy()
@@ -323,7 +345,7 @@ def report(directory: RunDirectory, plan: Plan):
     """The final table, from parquet; printed and kept as summary.json. Then the task's own tables, and how long generations drift."""
     task, stamps = plan.task, None
     while stamps != (stamps := directory.stamps()):  # another process's last rows must not be missing from the table that stays
-        samples = plan.asked.rows(directory.path)
+        samples = plan.asked.rows(directory.samples())
         table = summarise(samples, guesses(task, samples))
         directory.write_text(asked.FILE, plan.asked.text())  # another process may have asked for another number since this one began
         directory.write_text("summary.json", table.to_json(orient="records", indent=1))

@@ -18,7 +18,7 @@ from macbench import asked, parts
 from macbench.counting import TOTALS
 from macbench.environment import label
 from macbench.errors import ConfigError, ending, one_line, printable
-from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign
+from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign, read_table
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
@@ -147,7 +147,7 @@ def _summary(run: Path, wanted: asked.Asked, found: Findings) -> None:
         found.wrong.append(f"summary.json cannot be read ({one_line(error)})")
         return
     task = task_class(run)
-    samples = wanted.rows(run)
+    samples = wanted.rows(read_table(run, "samples"))
     table = summarise(samples, guesses(task, samples))
     if json.loads(table.to_json(orient="records")) != kept:
         what = "summary.json does not follow from the parts; the run's command writes it anew"

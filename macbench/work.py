@@ -16,29 +16,37 @@ class Work:
     def __init__(self, directory: RunDirectory, left: Iterable[tuple[str, int]], stamps: dict[str, tuple[int, int]]):
         self.directory, self.stamps = directory, stamps
         self.left = {place: part_name(place[0], str(place[1])) for place in left}
+        self._mine: set[tuple[str, int]] = set()  # of these, what this process makes or records just now
 
     def __len__(self) -> int:
         return len(self.left)
 
-    def groups(self, leases: Leases, size: int, waiting: Callable[[int], None]) -> Iterator[list[tuple[str, int]]]:
-        """Lists of at most ``size`` examples that are this process's alone until the next one is asked for.
+    def groups(self, leases: Leases, size: int, waiting: Callable[[int], None], settle: Callable[[], None]) -> Iterator[list[tuple[str, int]]]:
+        """Lists of at most ``size`` examples that are this process's alone until they are ``finished``.
 
-        Ends when every example is recorded, by whomever; ``waiting(n)`` is called while other processes make the last n.
+        Ends when every example is recorded, by whomever. ``settle()`` is called when nothing is left to begin: it finishes what this process
+        has begun. ``waiting(n)`` is called while other processes make the last n.
         """
         wait = _SHORTEST
         while self.left:
             group = self._claim(leases, size)
             if group:
                 yield group
-                for place in group:
-                    leases.release(self.left[place])
-                    if self.made(place):  # else who took it over makes it
-                        del self.left[place]
                 wait = _SHORTEST
+            elif self._mine:
+                settle()
             elif self.left:
                 waiting(len(self.left))
                 sleep(wait)
                 wait = min(2 * wait, _LONGEST)
+
+    def finished(self, leases: Leases, group: Iterable[tuple[str, int]]) -> None:
+        """A group is recorded; what another process has taken over meanwhile is left to it."""
+        for place in group:
+            self._mine.discard(place)
+            leases.release(self.left[place])
+            if self.made(place):
+                del self.left[place]
 
     def made(self, place: tuple[str, int]) -> bool:
         """Whether another process has recorded the example since this one looked."""
@@ -48,6 +56,8 @@ class Work:
     def _claim(self, leases: Leases, size: int) -> list[tuple[str, int]]:
         group, made = [], []
         for place, part in self.left.items():
+            if place in self._mine:
+                continue
             if self.made(place):
                 made.append(place)
             elif leases.claim(part):
@@ -60,4 +70,5 @@ class Work:
                         break
         for place in made:
             del self.left[place]
+        self._mine.update(group)
         return group

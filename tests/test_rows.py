@@ -35,7 +35,7 @@ def test_columns_are_the_sums_of_their_rows(tmp_path):
     other = KEY | {"method": "full"}
     blocks = {"steps": [step_rows(one, KEY), step_rows(two, other)], "layers": [layer_rows(one, KEY, ERRORS), layer_rows(two, other, [])]}
     samples = [KEY | {"task": "t"} | sample_columns(one), other | {"task": "t"} | sample_columns(two)]
-    directory.write_example("part-0", {"samples": samples} | blocks, {})
+    directory.write_examples({"part-0": {"samples": samples} | blocks}, {})
     steps = pq.read_table(tmp_path / "run/steps/part-0.parquet").to_pylist()
     layers = pq.read_table(tmp_path / "run/layers/part-0.parquet").to_pylist()
     want = [
@@ -51,8 +51,8 @@ def test_columns_are_the_sums_of_their_rows(tmp_path):
 def test_a_generation_without_steps_and_a_failure_have_no_rows(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     empty = Generation([7], "stop", np.zeros(0), 0.0, {name: np.zeros((0, LAYERS, 1), np.int64) for name in COUNTS}, np.zeros(0, np.int64))
-    directory.write_example("part-0", {"samples": [KEY], "steps": [step_rows(empty, KEY)], "layers": [layer_rows(empty, KEY, [])]}, {})
-    directory.write_example("part-1", {"samples": [KEY], "steps": [], "layers": []}, {})
+    nothing = {"samples": [KEY], "steps": [step_rows(empty, KEY)], "layers": [layer_rows(empty, KEY, [])]}
+    directory.write_examples({"part-0": nothing, "part-1": {"samples": [KEY], "steps": [], "layers": []}}, {})
     assert [pq.read_metadata(tmp_path / f"run/steps/part-{i}.parquet").num_rows for i in (0, 1)] == [0, 0]
     layers = pq.read_table(tmp_path / "run/layers/part-0.parquet").to_pylist()
     assert len(layers) == LAYERS and all(row["rho_log"] is None and row["tokens_log"] == 0 for row in layers)

@@ -51,7 +51,7 @@ def stoppable(args, log):
     """A worker whose heartbeat counts as lost after half a second, and that stops itself as soon as it has made its first example."""
     leases = run_module.Leases
     run_module.Leases = lambda path: leases(path, beat=0.05, stale=0.5)
-    write, records = run_module.RunDirectory.write_example, run_module.records
+    write, records = run_module.RunDirectory.write_examples, run_module.records
 
     def stops(*args):
         made = records(*args)
@@ -60,12 +60,12 @@ def stoppable(args, log):
             os.kill(os.getpid(), signal.SIGSTOP)
         return made
 
-    def written(self, part, *args):
+    def written(self, examples, *args):
         with log.with_suffix(".written").open("a") as file:
-            file.write(f"{os.getpid()} {part}\n")
-        write(self, part, *args)
+            file.writelines(f"{os.getpid()} {part}\n" for part in examples)
+        write(self, examples, *args)
 
-    run_module.records, run_module.RunDirectory.write_example = stops, written
+    run_module.records, run_module.RunDirectory.write_examples = stops, written
     kills.work(args, log)
 
 

@@ -44,7 +44,7 @@ def main() -> None:
                     "layers": [layer_rows(generation, key, [])],
                 }
                 times.append(perf_counter())
-                directory.write_example(part, tables, {})
+                directory.write_examples({part: tables}, {})
                 times.append(perf_counter())
                 leases.release(part)
                 times.append(perf_counter())

@@ -1,0 +1,109 @@
+"""What is written beside the next examples: in which order, and what an error or a full disk leaves."""
+
+import errno
+import os
+import threading
+
+import pandas as pd
+import pytest
+
+from macbench import partial
+from macbench import run as run_module
+from macbench.errors import ConfigError
+from macbench.recorder import Recorder
+from macbench.records import KEY, SCHEMAS, RunDirectory, part_name, read_table
+from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
+
+
+def rows(directory: RunDirectory, *examples: str, score: float = 1.0) -> dict:
+    """The parts of some examples, of sample rows alone."""
+    names = {"run_id": directory.run_id, "method": "full", "variant": "", "subtask": "a"}
+    return {part_name("a", e): {"samples": [names | {"example_id": e, "score": score}], "steps": [], "layers": []} for e in examples}
+
+
+def test_one_group_is_written_beside_the_next_one():
+    events, go = [], threading.Event()
+
+    def slow():
+        go.wait(10)
+        events.append("first")
+        return 1
+
+    with Recorder() as recorder:
+        recorder.put(slow, events.append)
+        events.append("meanwhile")
+        go.set()
+        recorder.put(lambda: events.append("second") or 2, events.append)
+        assert events[:3] == ["meanwhile", "first", 1]  # and it may not be a third one that waits
+        recorder.settle()
+        recorder.settle()
+    assert events == ["meanwhile", "first", 1, "second", 2]
+
+
+def test_what_fails_in_the_thread_is_raised_and_an_error_beside_it_lets_it_end():
+    def full():
+        raise ConfigError("runs_dir", "runs", "cannot be written")
+
+    with Recorder() as recorder:
+        recorder.put(full, lambda found: pytest.fail("it was not written"))
+        with pytest.raises(ConfigError, match="cannot be written"):
+            recorder.settle()
+    written, go = [], threading.Event()
+    with pytest.raises(KeyboardInterrupt), Recorder() as recorder:
+        recorder.put(lambda: go.wait(0.2) or written.append(1), lambda found: None)
+        raise KeyboardInterrupt
+    assert written == [1]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_single_example_is_safe_before_the_next_begins_and_its_unfinished_text_goes_last(macbench, tiny_args, tmp_path, monkeypatch, batch):  # noqa: F811
+    answers, clear, began, cleared = run_module.answers, partial.clear, [], []
+    there = lambda: {path.stem for path in (tmp_path / "runs").rglob("samples/part-*.parquet")}  # noqa: E731
+
+    def begins(engine, model, task, variants, examples, *rest):
+        began.append(there())
+        return answers(engine, model, task, variants, examples, *rest)
+
+    def clears(run, example):
+        cleared.append(part_name(example.subtask, example.example_id) in there())
+        clear(run, example)
+
+    monkeypatch.setattr(run_module, "answers", begins)
+    monkeypatch.setattr(partial, "clear", clears)
+    assert macbench(*tiny_args, "method=full", "limit=6", f"batch={batch}")[0] == 0
+    if batch == 1:
+        assert [len(parts) for parts in began] == [*range(6)]
+    else:  # the last group but one may still be on its way
+        assert all(n - 1 <= len(parts) / 2 <= n for n, parts in enumerate(began))
+    assert cleared == [True] * 6 and len(samples(tmp_path)) == 6
+
+
+def test_of_a_batch_a_full_disk_keeps_what_it_has_room_for(tmp_path, monkeypatch):
+    directory, fsync = RunDirectory(tmp_path / "full-00000000"), os.fsync
+
+    def full(file):
+        if sum(path.is_file() for path in tmp_path.rglob("*")) > 5:  # room for one example, not for two
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        directory.write_examples(rows(directory, "0", "1", "2"), {})
+    assert set(read_table(directory.path, "samples", complete=True).example_id) == {"0"}
+    assert not list(directory.path.rglob(".writing-*"))
+
+
+def test_rows_that_were_written_here_need_not_be_read(tmp_path, monkeypatch):
+    """Another process's are, also where one has taken the place of ours."""
+    mine, other = RunDirectory(tmp_path / "full-00000000"), RunDirectory(tmp_path / "full-00000000")
+    mine.write_examples(rows(mine, "0", "1"), {"commit": "a"})
+    other.write_examples(rows(other, "2"), {"commit": "b"})
+    other.write_examples(rows(other, "1", score=0.5), {})
+    read = read_table(mine.path, "samples")
+    assert dict(zip(read.example_id, read.score, strict=True)) == {"0": 1.0, "1": 0.5, "2": 1.0}
+    pd.testing.assert_frame_equal(mine.samples(), read)
+    opened, real = [], run_module.read_table.__globals__["_read"]
+    monkeypatch.setattr("macbench.records._read", lambda part, *rest: opened.append(part.stem) or real(part, *rest))
+    pd.testing.assert_frame_equal(mine.samples(), read)
+    assert sorted(opened) == sorted(part_name("a", e) for e in "12")
+    assert list(mine.samples().columns) == SCHEMAS["samples"].names and not mine.samples().duplicated(KEY).any()

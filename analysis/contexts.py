@@ -96,6 +96,9 @@ def make(records: Records, out: Path) -> list[Drawn]:
 
 def order(runs: dict[int, tuple[pd.DataFrame, Source]]) -> Iterator[str]:
     """Subtasks as the protocol of the runs lists them."""
+    for _, source in runs.values():
+        if not (source.facts.get("protocol") or {}).get("subtasks"):
+            raise Missing(f"{source.path / 'environment.json'} has no protocol with subtasks")
     return iter(dict.fromkeys(s for _, source in runs.values() for s in source.facts["protocol"]["subtasks"]))
 
 

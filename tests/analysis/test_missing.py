@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, sweep, table2_3, table4, table7
-from analysis.records import Records
+from analysis import contexts, fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, sweep, table2_3, table4, table7
+from analysis.records import Missing, Records, Source
 from macbench import report
 from macbench.errors import ConfigError
 from tests.analysis.test_numbers import REFERENCE
@@ -91,6 +91,11 @@ def test_a_file_of_a_run(runs):
     (run / "summary.json").unlink()
     lacks = drawn(runs, fig1, table7)
     assert "has samples and no summary.json" in lacks["records"] and lacks["table7"] == ""
+
+
+def test_a_run_without_a_protocol():
+    with pytest.raises(Missing, match=r"gone/environment.json has no protocol with subtasks"):
+        contexts.order({4096: (None, Source(Path("gone"), {"device": "cpu"}))})
 
 
 def test_one_figure_that_fails_does_not_stop_the_others(runs, monkeypatch):

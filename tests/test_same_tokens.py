@@ -92,9 +92,21 @@ def test_the_first_token_that_differs_and_what_explains_it(monkeypatch, tmp_path
     assert pq.read_table(tmp_path / "same.parquet").to_pylist() == rows
 
 
-@pytest.mark.parametrize("said", ["prompt=3", "batch=1", "new_tokens=x", "ctx=64", "methods=[mca]", "prompts=0", "prompts=[1", "methods=5", "gguf=5"])
+@pytest.mark.parametrize(
+    "said", ["prompt=3", "batch=1", "new_tokens=x", "ctx=64", "methods=[mca]", "prompts=0", "prompts=[1", "methods=5", "gguf=5", "methods=[]"]
+)
 def test_wrong_input_names_the_key(said):
     with pytest.raises(ConfigError) as error:
         same_tokens.configured([said, *(["new_tokens=64"] if said.startswith("ctx") else [])])
     key = "new_tokens" if said.startswith("ctx") else said.split("=")[0]
     assert "\n" not in str(error.value) and key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [("backend=foo", r"^backend=foo: must be one of [^=]*$"), ("ctx=8193", "^ctx=8193: must be at most 8192, the positions of smollm2$")],
+)
+def test_what_backend_or_model_cannot_is_one_line(monkeypatch, said, error):
+    monkeypatch.setattr("sys.argv", ["same_tokens", said, "device=cpu"])
+    with pytest.raises(ConfigError, match=error):
+        same_tokens.main()

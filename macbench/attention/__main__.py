@@ -39,7 +39,7 @@ PRESETS = {
 
 def facts(device: str, module: str = "macbench.attention") -> dict:
     """What the numbers depend on. ``module``: what was started by ``python -m``."""
-    loaded = {name: sys.modules.get(name) for name in ("torch", "triton", "flashinfer", "flash_attn")}
+    loaded = {name: sys.modules.get(name) for name in ("torch", "transformers", "triton", "flashinfer", "flash_attn")}
     versions = {name: getattr(package, "__version__", "?") for name, package in loaded.items() if package is not None}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     command = shlex.join(["python", "-m", module, *map(redact, sys.argv[1:])])

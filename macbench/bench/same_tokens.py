@@ -79,8 +79,9 @@ def difference(got: Steps, want: Steps) -> dict:
     """How far logits are from those of batch 1, eager, where both were given the same tokens.
 
     ``differences``: the largest of any logit, for each token up to the first that differs. ``difference_before``: the largest of those before it.
-    ``gap_change``: how much nearer, there, the logit of the token that was chosen came to that of the token of batch 1. ``explained``: the gap is
-    no larger than that, and at most twice ``difference_before``, by which two logits can come nearer at a step like those before.
+    ``gap_change``: how much nearer, there, the logit of the token that was chosen came to that of the token of batch 1; never less than the gap,
+    since each is the best of its own text. ``explained``: the gap is at most twice ``difference_before``, by which two logits can come nearer
+    at a step like those before.
     """
     at = _first(a != b for a, b in zip(got.tokens, want.tokens, strict=True))
     upto = len(want.tokens) if at is None else at + 1
@@ -90,7 +91,7 @@ def difference(got: Steps, want: Steps) -> dict:
     if at is not None:
         here, there = ((steps.logits[at, want.tokens[at]] - steps.logits[at, got.tokens[at]]).item() for steps in (want, got))
         found |= {"gap": gaps(want.logits[at : at + 1])[0], "gap_change": here - there}
-        found["explained"] = found["gap"] <= min(found["gap_change"], 2 * found["difference_before"])
+        found["explained"] = found["gap"] <= 2 * found["difference_before"]
     return found
 
 
@@ -163,6 +164,8 @@ def configured(argv: list[str] | None = None):
             raise ConfigError(key, config[key], "must be null or a file's path")
     if config.new_tokens >= config.ctx:
         raise ConfigError("new_tokens", config.new_tokens, f"must be less than ctx={config.ctx}, which bounds prompt plus generated tokens")
+    if not config.methods:
+        raise ConfigError("methods", config.methods, "must list at least one of full, mac")
     for method in config.methods if OmegaConf.is_list(config.methods) else [config.methods]:
         choose("methods", method, ("full", "mac"))
     return config
@@ -174,7 +177,7 @@ def main() -> None:
     from macbench.attention import table
     from macbench.attention.__main__ import facts
     from macbench.cli import load_option
-    from macbench.models.weights import load, load_chat, resolve_device
+    from macbench.models.weights import load, load_chat, max_context, resolve_device
     from macbench.tasks.ruler import Ruler
 
     config = configured()
@@ -182,9 +185,11 @@ def main() -> None:
     try:
         layer_kernels = kernels(config.backend, device)
     except UnsupportedError as error:
-        raise ConfigError("backend", config.backend, str(error)) from error
+        raise ConfigError("backend", config.backend, str(error).removeprefix(f"backend={config.backend}").strip(": ")) from error
     spec = load_option("model", "smollm2")
     spec.gguf, spec.dtype = config.gguf, config.dtype
+    if config.ctx > (most := max_context(spec)):
+        raise ConfigError("ctx", config.ctx, f"must be at most {most}, the positions of {spec.name}")
     chat = load_chat(spec)
     network = load(spec, device, chat).network
     torch.set_float32_matmul_precision("highest")

@@ -71,13 +71,18 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"macbench: {error}", file=sys.stderr)
         return 2
-    rows = []
+    rows: list[dict] = []
+    say = command.keep(rows, target, lambda: facts("cuda", "macbench.latency"), sys.stdout)
     print(table.HEADER, flush=True)
-    for part in parts:
-        rows += measure(network, model.name, True, mac=MAC(), say=lambda row: print(table.line(row), flush=True), **part)
-        if target is not None:
-            table.write(rows, target, facts("cuda", "macbench.latency"))
-        print(f"{perf_counter() - began:.0f} s", flush=True)
+    try:
+        for part in parts:
+            measure(network, model.name, True, mac=MAC(), say=say, **part)
+            print(f"{perf_counter() - began:.0f} s", flush=True)
+    except KeyboardInterrupt as stop:
+        return command.interrupted(stop, rows, target)
+    except OSError as error:  # a disk that is full or gone
+        print(f"macbench: {ConfigError('file', target, one_line(error))}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,6 +1,7 @@
 """Rows of task=decode: every method on the same weights and cache, one after the other in one process."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from statistics import quantiles
 from time import perf_counter
@@ -53,10 +54,16 @@ def measure(
     """One row per method, see ``COLUMNS``; a failed measurement is a row with ``error``.
 
     ``prompts(batch, tokens)`` -> token ids, for real prompts; without it, requests hold ``ctx`` random rows of K and V. ``mac``: the method
-    with its knobs, or None for full attention only. ``hit_rate``: numbers (synthetic), or 'real' with real prompts.
+    with its knobs, or None for full attention only. ``hit_rate``: numbers (synthetic), or 'real' with real prompts. ``say`` gets each row when
+    it is done.
+
+    ``prefill_s``: seconds of the prefill of one prompt, the mean of a batch, after a warm-up of two chunks. ``first_token_s``: from the begin of the
+    first prefill until the last request has its first token, which the logits of its prefill give: prompts of a batch are prefilled one after
+    the other, so all their seconds together; None where fewer prompts were prefilled than decode. Of ``generate`` it is what its first call in
+    a process takes, cold.
     """
     device = str(network.device.type)
-    ceiling = copy_bandwidth(device)  # one figure per process
+    ceiling = _ceiling(device)  # one figure per process
     weights = weight_bytes(network)
     rows: list[dict] = []
     facts = {"model": name, "random_weights": random_weights, "copy_bandwidth": ceiling, "weight_bytes": weights}
@@ -71,6 +78,17 @@ def measure(
                 say(row)
             rows += group
     return rows
+
+
+def _ceiling(device: str) -> float | None:
+    """Copy bandwidth in bytes per second; None on a CPU, and where a card is too full to measure it."""
+    try:
+        return copy_bandwidth(device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print("macbench: note: no room for the 4 GiB whose copy is timed; rows have no floor", file=sys.stderr)
+        return None
 
 
 def weight_bytes(network: torch.nn.Module) -> int:
@@ -114,7 +132,7 @@ def _cell(network, ctx, size, hit_rates, misses, backends, modes, steps, prefill
     total = positions(ctx, steps)
     if generate:
         row = {"method": "full", "backend": "generate", "forward": "transformers", "mode": "compiled", "steps": steps, "synthetic": False}
-        yield row | _guard(lambda: _generate(network, ctx, size, steps, seed))
+        yield row | _guard(lambda: _generate(network, ctx, size, steps, prompts, seed))
     for mode in modes if device.type == "cuda" else modes[:1]:  # a CPU captures nothing: all modes are the same there
         label = {"mode": mode if device.type == "cuda" else "cpu"}
         for kind in backends:
@@ -181,14 +199,16 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
             ids = torch.randint(0, network.config.vocab_size, (ctx,)).tolist()
             engine.prefill(ids[: min(ctx, 2 * engine.chunk)]).free()  # warm
             prompt = engine.prefill(ids)
-            made |= {"prefill_s": prompt.seconds}
+            made["prefill_s"] = prompt.seconds
+            made["first_token_s"] = prompt.seconds if size == 1 else None
             prompt.free()
         if prompts is not None:
             texts = prompts(size, ctx)
             if cuda:
                 engine.prefill(texts[0][: 2 * engine.chunk], method.prompt_queries).free()  # warm
             ready = [engine.prefill(ids, method.prompt_queries) for ids in texts]
-            made["prefill_s"] = sum(p.seconds for p in ready) / len(ready)
+            made["first_token_s"] = sum(p.seconds for p in ready)
+            made["prefill_s"] = made["first_token_s"] / len(ready)
             decoder.start(ready)
             decoder.tokens.copy_(torch.tensor([p.first_token for p in ready]))
             decoder.cache.reserve(total - ctx - 1)
@@ -212,7 +232,6 @@ def _run(network, backend, total, size, mode, method, ctx, steps, prefill, promp
     made |= {
         "read_bytes": int(read), "kv_bytes": kv, "state_bytes": state, "hit_rate_measured": int(timed["hits"].sum()) / matched if matched else None,
     }  # fmt: skip
-    made["first_token_s"] = made.get("prefill_s")  # a prompt's logits are the first token's
     if cuda:
         stream = getattr(method, "stream", None)  # the benchmark's own queries are no part of the method
         extra = state + (stream.untyped_storage().nbytes() if stream is not None else 0)
@@ -242,11 +261,17 @@ def _clocked(decoder, count: int, feed: Callable[[], None]) -> list[float]:
     return seconds
 
 
-def _generate(network, ctx: int, size: int, steps: int, seed: int) -> dict:
+def prompt_ids(vocab: int, size: int, ctx: int, prompts: Callable[[int, int], list[list[int]]] | None, seed: int) -> torch.Tensor:
+    """[size, n], what ``generate`` is given: the prompts that the engine gets, or ``ctx`` random ids where that gets none."""
+    if prompts is not None:
+        return torch.tensor(prompts(size, ctx))
+    return torch.randint(0, vocab, (size, ctx), generator=torch.Generator().manual_seed(seed))
+
+
+def _generate(network, ctx: int, size: int, steps: int, prompts, seed: int) -> dict:
     if network.device.type != "cuda" or size > 1:
         raise UnsupportedError(NOT_TIMED[size > 1 and network.device.type == "cuda"])
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, network.config.vocab_size, (size, ctx), generator=generator).to(network.device)
+    ids = prompt_ids(network.config.vocab_size, size, ctx, prompts, seed).to(network.device)
     torch.cuda.reset_peak_memory_stats()
     skip = 8
     found = peer.generate(network, ids, steps + skip + 1, skip)

@@ -1,9 +1,10 @@
 """task=decode as a run: plain dicts of the configuration in, a table and one parquet file out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from macbench.attention.command import check_hits, number_list
 from macbench.errors import ConfigError, choose, one_line
 from macbench.generate import out_of_memory
+from macbench.interrupt import Terminated
 from macbench.latency import table
 from macbench.latency.bench import excused, measure, positions
 from macbench.latency.prompts import check_folder, essays
@@ -22,7 +24,7 @@ BACKENDS = ("triton", "torch", "flashinfer")
 
 
 def run(task: dict, method: dict, model, contexts: list[int], backend: str, device: str, dtype: torch.dtype, seed: int, target: Path, facts) -> int:
-    """One benchmark. Returns the exit code: 0, or 1 if a measurement failed.
+    """One benchmark. Returns the exit code: 0, 1 if a measurement failed, 130 or 143 if it was interrupted; rows are written as they come.
 
     ``model``: the ``conf/model`` node. ``facts()``: what goes into the parquet's metadata.
     """
@@ -42,14 +44,37 @@ def run(task: dict, method: dict, model, contexts: list[int], backend: str, devi
             network = load(model, device, chat).network
         if "real" in knobs["hit_rate"]:
             prompts = essays(chat, task["data_path"])
-    rows = measure(
-        network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, backend=own, seed=seed, **knobs,
-        say=lambda row: print(table.line(row), file=sys.stderr, flush=True),
-    )  # fmt: skip
+    rows: list[dict] = []
+    known = facts()
+    try:
+        measure(
+            network, name, bool(model.get("random")), ctx=contexts, mac=mac, prompts=prompts, backend=own, seed=seed, **knobs,
+            say=keep(rows, target, lambda: known, sys.stderr),
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        return interrupted(stop, rows, target)
     print("\n".join([table.HEADER, *map(table.line, rows)]))
-    table.write(rows, target, facts())
     print(f"records: {target}")
     return 1 if any(row["error"] and not excused(row["error"]) for row in rows) else 0
+
+
+def keep(rows: list[dict], target: Path | None, facts: Callable[[], dict], stream: TextIO) -> Callable[[dict], None]:
+    """What happens to a row as soon as it is measured: it joins ``rows``, is printed, and all of them are written to ``target``, if there is one."""
+
+    def say(row: dict) -> None:
+        rows.append(row)
+        print(table.line(row), file=stream, flush=True)
+        if target is not None:
+            table.write(rows, target, facts())
+
+    return say
+
+
+def interrupted(stop: KeyboardInterrupt, rows: list[dict], target: Path | None) -> int:
+    """Say what is left of a benchmark that was stopped; the exit code."""
+    kept = f"{len(rows)} row(s) so far are in {target}; the same command measures anew" if rows and target is not None else "nothing was written"
+    print(f"macbench: interrupted; {kept}", file=sys.stderr)
+    return 143 if isinstance(stop, Terminated) else 130
 
 
 def random_network(model, device: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
@@ -80,6 +105,8 @@ def check(task: dict, method: dict, model, contexts: list[int]) -> dict:
         for value in knobs[key]:
             choose(f"task.{key}", value, allowed)
     for key, least in (("steps", 4), ("max_gap", 1)):
+        if isinstance(knobs[key], list):
+            raise ConfigError(f"task.{key}", knobs[key], f"must be one integer of at least {least}")
         number_list(f"task.{key}", knobs[key], least)
     number_list("batch", knobs["batch"], 1)
     for key, values in (
@@ -102,6 +129,8 @@ def check(task: dict, method: dict, model, contexts: list[int]) -> dict:
             raise ConfigError("task.hit_rate", rate, "must be a number from 0 to 1, or real")
     check_folder(task.get("data_path"), "real" in knobs["hit_rate"])
     number_list("ctx", contexts, 1)
+    if model.get("random"):
+        random_weights.check(model["random"])
     most = model["random"]["max_position_embeddings"] if model.get("random") else max_context(model)
     for ctx in contexts:
         after = positions(ctx, knobs["steps"]) - ctx

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from macbench.decoder import Decoder
 from macbench.errors import ConfigError
+from macbench.interrupt import Terminated
 from macbench.latency import __main__ as script
 from macbench.latency import bench, command, table
 from macbench.latency.bench import measure, weight_bytes
@@ -42,8 +43,8 @@ def test_a_row_for_every_method(rows):
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["tpot_ms"])
         assert row["tpot_p50_ms"] <= row["tpot_p95_ms"]
     assert [r["hit_rate_measured"] for r in rows] == [None, 0, 0.5, 1]
-    assert rows[0]["prefill_s"] > 0 and rows[0]["first_token_s"] == rows[0]["prefill_s"]  # a prefill ends with the first token
-    assert rows[1]["first_token_s"] is None
+    assert rows[0]["prefill_s"] > 0 and rows[0]["first_token_s"] is None  # one prompt was prefilled, two requests decode
+    assert rows[1]["prefill_s"] is None
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -141,6 +142,10 @@ def test_real_prompts(network):
     rows = measure(network, "tiny", False, **KNOBS | {"ctx": [90], "hit_rate": ["real"]}, prompts=prompts)
     assert [(r["method"], r["synthetic"], r["error"]) for r in rows] == [("full", False, None), ("mac", False, None)]
     assert 0 <= rows[1]["hit_rate_measured"] <= 1 and rows[1]["hit_rate"] is None
+    assert all(row["first_token_s"] == 2 * row["prefill_s"] > 0 for row in rows)  # the second request waits for the first one's prefill
+    assert bench.prompt_ids(97, 1, 90, prompts, 42).tolist() == [list(range(90))]
+    made = bench.prompt_ids(97, 1, 90, None, 42)
+    assert made.shape == (1, 90) and made.max() < 97 and made.unique().numel() > 20
 
 
 def test_table_and_parquet(rows, tmp_path):
@@ -167,7 +172,7 @@ TASK = {"batch": [1], "steps": 8, "hit_rate": [0], "misses": "random", "backends
 @pytest.mark.parametrize(
     ("key", "value"),
     [("steps", 1), ("steps", "x"), ("misses", "often"), ("modes", ["fast"]), ("backends", ["cuda"]), ("hit_rate", [2]), ("hit_rate", ["real"]),
-     ("batch", [0]), ("batch", []), ("prefill", 3), ("max_gap", 0)],
+     ("batch", [0]), ("batch", []), ("prefill", 3), ("max_gap", 0), ("steps", [4]), ("max_gap", [64])],
 )  # fmt: skip
 def test_wrong_input_names_the_key(key, value):
     with pytest.raises(ConfigError) as error:
@@ -198,6 +203,54 @@ def test_a_context_that_just_fits_runs(tmp_path):
 def test_hits_that_cannot_be_are_refused(tmp_path, knobs, said):
     with pytest.raises(ConfigError, match=said):
         run(tmp_path, [100], {"name": "mac", "window": 32, "band": 8} | knobs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 0), ("num_attention_heads", 7), ("head_dim", -3), ("head_dim", 12), ("model_type", "foo"), ("hidden_size", "abc"),
+     ("max_position_embeddings", None), ("num_experts", True)],
+)  # fmt: skip
+def test_a_shape_that_cannot_be_is_one_line(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=rf"^model\.random\.{key}={value}: must be ") as error:
+        run(tmp_path, [100], **{key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_what_transformers_refuses_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"^model\.random=.*gives no network") as error:
+        run(tmp_path, [100], hidden_act="sillu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (LookupError("unforeseen"), None)])
+def test_rows_are_kept_when_a_later_one_ends_the_run(tmp_path, monkeypatch, capsys, stop, code):
+    """The second context is never measured, by whatever ends it; the first one's rows are whole."""
+    attend = Full.attend
+
+    def fails(self, *args):
+        if self.shape.max_tokens > 100:
+            raise stop
+        return attend(self, *args)
+
+    monkeypatch.setattr(Full, "attend", fails)
+    if code is None:
+        with pytest.raises(LookupError):
+            run(tmp_path, [60, 200])
+    else:
+        assert run(tmp_path, [60, 200]) == code
+        assert "macbench: interrupted; 3 row(s) so far are in" in capsys.readouterr().err
+    kept = pq.read_table(tmp_path / "decode.parquet").to_pylist()
+    assert [(r["ctx"], r["backend"], r["error"] is None) for r in kept] == [(60, "generate", False), (60, "torch", True), (200, "generate", False)]
+
+
+def test_a_card_without_room_for_the_copy_has_no_floor(network, monkeypatch, capsys):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "copy_bandwidth", full)
+    (row,) = measure(network, "tiny", True, **KNOBS | {"ctx": [40], "mac": None})
+    assert row["error"] is None and row["tpot_ms"] > 0 and row["floor_ms"] is None and row["over_floor"] is None
+    assert "no room for the 4 GiB" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_one_line(tmp_path):

@@ -222,11 +222,15 @@ def waiting_calls(function: ast.FunctionDef) -> list[str]:
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             casts = isinstance(node.func, ast.Name) and name in ("int", "bool", "float") and not isinstance(node.args[0], ast.Constant)
-            moves = name == "to" and any(isinstance(a, ast.Constant) and a.value == "cpu" for a in (*node.args, *(k.value for k in node.keywords)))
-            found += [ast.unparse(node)] if name in WAITING or casts or moves else []
+            found += [ast.unparse(node)] if name in WAITING or casts or names_the_host(node) else []
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Compare):
             found.append(ast.unparse(node))
     return found
+
+
+def names_the_host(call: ast.Call) -> bool:
+    """Moves to the CPU, the CPU as an object, tensors made there: ``x.to("cpu")``, ``torch.device("cpu")``, ``torch.empty(4, device="cpu")``."""
+    return any(isinstance(a, ast.Constant) and str(a.value).split(":")[0] == "cpu" for a in (*call.args, *(k.value for k in call.keywords)))
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
@@ -239,6 +243,8 @@ def functions(path: Path) -> dict[str, ast.FunctionDef]:
 def test_waiting_calls_are_found_in_source():
     code = "def f(x):\n    x.item(); int(x.sum()); torch.nonzero(x); x.to('cpu'); x[x > 1]; x.cpu().numpy(); float('inf'); x.to(torch.int32)"
     assert len(waiting_calls(ast.parse(code).body[0])) == 7
+    code = "def f(x):\n    x.to(torch.device('cpu')); torch.empty(4, device='cpu:0').copy_(x); x.to(x.device); x.to('cuda')"
+    assert len(waiting_calls(ast.parse(code).body[0])) == 2
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("triton_*.py")), ids=lambda path: path.stem)
@@ -251,6 +257,16 @@ def test_no_wrapper_of_a_kernel_waits(path):
 def test_no_attend_waits(path):
     """Nor what it calls or reads of its own file, from function to function."""
     assert waiting(path, "attend") == {}
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_no_method_names_the_host(path):
+    """Anywhere in its file: a device or a tensor of the CPU that is made before a step can be moved or copied to within one.
+
+    While it watches, nothing tells these from the step's own on a machine whose only device is the CPU.
+    """
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call) for call in calls if names_the_host(call)] == []
 
 
 # What else a step on a GPU runs, which no CPU takes: file and functions.

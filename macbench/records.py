@@ -16,7 +16,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -96,7 +95,6 @@ _LATER = {
     "layers": {"output_error"},
 }
 KEY = ["method", "variant", "subtask", "example_id"]
-_ENCODERS = 4  # threads
 # Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
 PACKED = "part-all"
 
@@ -188,12 +186,12 @@ class RunDirectory:
 
         Of an example: ``samples`` a list of rows, ``steps`` and ``layers`` a list of blocks of columns (one text stands for a whole column).
         """
-        schemas = {table: schema.with_metadata({"macbench": redact(json.dumps(environment))}) for table, schema in SCHEMAS.items()}
+        metadata = {"macbench": redact(json.dumps(environment))}
+        schemas = {table: schema.with_metadata(metadata) for table, schema in SCHEMAS.items()}
         samples = {part: pa.Table.from_pylist(tables["samples"], schema=schemas["samples"]) for part, tables in examples.items()}
         tables = {table: [_stacked(rows[table], schemas[table]) for rows in examples.values()] for table in ("steps", "layers")}
         tables["samples"] = list(samples.values())  # last: their presence says that the example is complete
-        with ThreadPoolExecutor(_ENCODERS) as threads:
-            encoded = {table: list(threads.map(_encoded, data)) for table, data in tables.items()}
+        encoded = {table: [*map(_encoded, data)] for table, data in tables.items()}
         files = {part: [(self.path / table / f"{part}.parquet", encoded[table][i]) for table in encoded] for i, part in enumerate(examples)}
         try:
             stamps = self._whole([file for own in files.values() for file in own])

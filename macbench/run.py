@@ -37,7 +37,7 @@ from macbench.redact import by_name, within
 from macbench.rows import records
 from macbench.settings import Variant
 from macbench.summary import drift, generated, summarise
-from macbench.tables import format_frame, format_summary
+from macbench.tables import format_frame, format_summary, protocol_card
 from macbench.tasks.base import Example, Task, count, guesses
 from macbench.work import Work
 
@@ -47,8 +47,6 @@ OUTPUT_KEYS = ("runs_dir", "limit", "shard", "retry", "logger", "device", "judge
 LOCATION_KEYS = ("data_path", "data_sha256")
 # Generated tokens per row of the table that shows drift over long generations.
 DRIFT_WINDOW = 1000
-# Limits by subtask that the protocol's line names one by one.
-_FEW = 4
 
 
 def run(cfg: DictConfig) -> int:
@@ -368,21 +366,6 @@ def report(directory: RunDirectory, plan: Plan):
         directory.write_text("tables.json", json.dumps(tables, indent=1, default=float) + "\n")
     print(f"records: {directory.path}")
     return table
-
-
-def protocol_card(facts: dict) -> str:
-    """One line of what a reader must know to repeat the numbers; environment.json has all of it."""
-
-    def short(value: object) -> str:
-        if isinstance(value, dict):  # limits, by subtask
-            few = len(value) <= _FEW
-            return ", ".join(f"{n} ({name})" for name, n in value.items()) if few else f"{min(value.values())} to {max(value.values())}"
-        return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)
-
-    def brief(value: object) -> bool:
-        return bool(value) and all(isinstance(n, int) for n in value.values()) if isinstance(value, dict) else not isinstance(value, list)
-
-    return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 
 
 def _guarded(cfg: DictConfig) -> int:

@@ -1,4 +1,4 @@
-"""What every run below a folder has done and still has to do: ``python -m macbench.status [runs]``.
+"""What every run below some folders has done and still has to do: ``python -m macbench.status [runs ...]``.
 
 It only reads. ``running``: examples whose worker lives, as far as one can know from here: a worker counts as living while its heartbeat
 was written within the last two minutes, unless it is known to be gone. ``rate``: examples per hour since the workers of now began.
@@ -135,12 +135,13 @@ def _rate(run: Path, workers: dict[str, dict]) -> float | None:
 
 
 def main() -> None:
-    root = Path(sys.argv[1] if sys.argv[1:] else "runs")
+    roots = [Path(argument) for argument in sys.argv[1:] or ["runs"]]
     rows = []
     try:
-        if not root.is_dir():
-            raise ConfigError("runs", root, "is not a folder; python -m macbench.status runs")
-        for run in found(root):
+        for root in roots:
+            if not root.is_dir():
+                raise ConfigError("runs", root, "is not a folder; python -m macbench.status runs")
+        for run in (run for root in roots for run in found(root)):
             try:
                 rows.append(row(run))
             except ConfigError as error:  # a run that cannot be read is no reason to be silent about the others
@@ -151,7 +152,7 @@ def main() -> None:
         print(f"macbench: {error}", file=sys.stderr)
         sys.exit(2)
     rows = [known for known in rows if known]
-    print(pd.DataFrame(rows).to_string(index=False) if rows else f"no runs below {root}")
+    print(pd.DataFrame(rows).to_string(index=False) if rows else f"no runs below {' '.join(map(str, roots))}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ _BY_SUBTASK = [
     *("rho_log", "rho_phys", "rho_bytes", "hit_rate", "steps", "ms_per_token", "prefill_s"),
 ]
 _WIDTH = 150  # characters of a line of text
+_FEW = 4  # limits by subtask that the protocol's line names one by one
 # What the columns of the comparison mean, printed below it.
 _LEGEND = {
     "score ± se": "score: mean over subtasks, with one standard error",
@@ -38,6 +39,21 @@ _LEGEND = {
     "top1": "top1, KL: same next token, and nats between the predictions, along full attention's text",
     "err": "err: relative error of attention outputs along that text, mean over layers",
 }
+
+
+def protocol_card(facts: dict) -> str:
+    """One line of what a reader must know to repeat the numbers; environment.json has all of it."""
+
+    def short(value: object) -> str:
+        if isinstance(value, dict):  # limits, by subtask
+            few = len(value) <= _FEW
+            return ", ".join(f"{n} ({name})" for name, n in value.items()) if few else f"{min(value.values())} to {max(value.values())}"
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)
+
+    def brief(value: object) -> bool:
+        return bool(value) and all(isinstance(n, int) for n in value.values()) if isinstance(value, dict) else not isinstance(value, list)
+
+    return "protocol: " + ", ".join(f"{key} {short(value)}" for key, value in facts.items() if brief(value))
 
 
 def format_table(table: pd.DataFrame) -> str:

@@ -55,14 +55,16 @@ def test_a_trace_that_grows(tmp_path):
 
 
 def test_what_is_not_ours_is_left_out_and_what_is_damaged_is_named(tmp_path, monkeypatch, capsys):
-    pq.write_table(pa.table({"error": ["no"]}), tmp_path / "theirs.parquet")
-    latency.write([dict.fromkeys(COLUMNS)], tmp_path / "ours.parquet", {})
-    table = pq.read_table(tmp_path / "ours.parquet")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    pq.write_table(pa.table({"error": ["no"]}), one / "theirs.parquet")
+    latency.write([dict.fromkeys(COLUMNS)], one / "ours.parquet", {})
+    table = pq.read_table(one / "ours.parquet")
     for name, facts in (("list", b"[1]"), ("text", b"{")):
-        pq.write_table(table.replace_schema_metadata({"macbench": facts}), tmp_path / f"{name}.parquet")
-    latency.write([dict.fromkeys(COLUMNS)], tmp_path / "ours.parquet", {"device": "cpu"})
-    (tmp_path / "damaged.parquet").write_bytes((tmp_path / "ours.parquet").read_bytes()[:-9])
-    monkeypatch.setattr(sys, "argv", ["status", str(tmp_path)])
+        pq.write_table(table.replace_schema_metadata({"macbench": facts}), two / f"{name}.parquet")
+    latency.write([dict.fromkeys(COLUMNS)], one / "ours.parquet", {"device": "cpu"})
+    (two / "damaged.parquet").write_bytes((one / "ours.parquet").read_bytes()[:-9])
+    monkeypatch.setattr(sys, "argv", ["status", str(one), str(two)])
     status.main()
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "ours.parquet" in out

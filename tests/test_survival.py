@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import stat
+import threading
 import time
 
 import pandas as pd
@@ -57,7 +58,7 @@ def stoppable(args, log):
         made = records(*args)
         if not log.with_suffix(".stopped").exists():
             log.with_suffix(".stopped").touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # of the whole process, before this thread does anything else
         return made
 
     def written(self, examples, *args):

@@ -144,7 +144,7 @@ class Decoder:
                     self.method.between_steps(self.cache)
                     self._body()
                 torch.cuda.synchronize(self.shape.device)
-                with torch.cuda.graph(graph, pool=_memory(self.shape.device)):
+                with torch.cuda.graph(graph, pool=_memory(self.shape.device), capture_error_mode="thread_local"):  # others write records
                     self._body()
             _live[graph] = str(self.shape.device)
             self._graph = graph

@@ -53,7 +53,7 @@ class KIVI(Method):
         return fixed(rho, tokens, {kivi.ratio(tokens, shape, generated): kivi for kivi in (replace(self, bits=bits) for bits in self.BITS)})
 
     def ratio(self, tokens, shape, generated=1):
-        """rho_bytes over the steps of a text with ``tokens`` visible in the mean, ``generated`` of them its own: a ratio of sums, like the measured one."""
+        """rho_bytes over the steps of a text, a ratio of sums: ``tokens`` are visible in the mean, ``generated`` of them its own."""
         first, steps = max(1, round(tokens - generated) + 1), max(1, round(2 * generated - 1))
         lengths = torch.arange(first, first + steps)
         seen, coded = int(lengths.sum()), int(torch.stack(self._stops(lengths)).sum())

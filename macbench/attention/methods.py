@@ -22,6 +22,7 @@ from macbench.methods.full import Full
 from macbench.methods.h2o import H2O
 from macbench.methods.int8 import INT8
 from macbench.methods.kivi import KIVI
+from macbench.methods.kivi_2bit import KIVI2Bit
 from macbench.methods.multipole import Multipole
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.pyramidkv import PyramidKV
@@ -35,8 +36,8 @@ from macbench.methods.tova import TOVA
 # Dense layers are left out: with few layers they would be most of the step.
 METHODS = {
     "full": Full, "quest": lambda: Quest(dense_layers=()), "rocketkv": RocketKV, "multipole": Multipole, "snapkv": SnapKV, "pyramidkv": PyramidKV,
-    "h2o": H2O, "streaming_llm": StreamingLLM, "tova": TOVA, "kivi": lambda: KIVI(bits=2), "int8": INT8, "tidaldecode": TidalDecode,
-    "oracle_topk": OracleTopK,
+    "h2o": H2O, "streaming_llm": StreamingLLM, "tova": TOVA, "kivi": KIVI, "kivi_2bit": KIVI2Bit, "int8": INT8,
+    "tidaldecode": TidalDecode, "oracle_topk": OracleTopK,
 }  # fmt: skip
 BANDWIDTH, SLACK, CONSTANT_MS = 2.75e12, 1.3, 0.015
 # Budgets that are tried in turn where a method cannot read as little as was asked.

@@ -110,7 +110,8 @@ def main(arguments: list[str]) -> None:
         choose(key, key, list(DEFAULTS))
     config = OmegaConf.merge(DEFAULTS, given)
     known = [name for name in METHODS if name != "full"]
-    methods = {name: METHODS[choose("methods", name, known)]() for name in config.methods or known}
+    twelve = [name for name in known if name != "kivi_2bit"]  # another width of kivi
+    methods = {name: METHODS[choose("methods", name, known)]() for name in config.methods or twelve}
     for key in ("repeats", "new_tokens"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ConfigError(key, config[key], "must be an integer of at least 1")

@@ -29,7 +29,8 @@ class KIVI(Method):
 
     Counted per layer and KV head, as kv: (Kq + Vq) * (b d / 8 + 4 d / g) + (2 L - Kq - Vq) * 2 d, scales and zeros included. The
     code of one value row per step is a write, that of a block of R keys every R steps is maint. All tokens are accessed: rho_log = 1.
-    Floor of rho_bytes: (b / 8 + 4 / g) / 2.
+    Floor of rho_bytes: (b / 8 + 4 / g) / 2, of long texts. R + 2 to 2 R + 1 of the 2 L rows are exact, a sawtooth in L: a budget is held to the
+    sums over the expected steps.
 
     A step takes longer than its bytes: matrix units take no such codes, and each is shifted, masked and converted on its way to them. With 2 bits at
     127K, batch 16, a step of one layer takes 1.66 of the target of 1.3 times its bytes at 2.75 TB/s + 15 us (one H100; docs/methods.md).
@@ -49,14 +50,15 @@ class KIVI(Method):
         require(whole, "method", "residual", self.residual, f"an integer, a positive multiple of method.group={self.group}")
 
     def fit(self, rho, tokens, shape, generated=1):
-        return fixed(rho, tokens, {kivi.ratio(tokens, shape): kivi for kivi in (replace(self, bits=bits) for bits in self.BITS)})
+        return fixed(rho, tokens, {kivi.ratio(tokens, shape, generated): kivi for kivi in (replace(self, bits=bits) for bits in self.BITS)})
 
-    def ratio(self, tokens, shape):
-        """rho_bytes with ``tokens`` visible."""
-        k, v = self._stops(torch.tensor(tokens))
-        coded = int(k + v)
+    def ratio(self, tokens, shape, generated=1):
+        """rho_bytes over the steps of a text, a ratio of sums: ``tokens`` are visible in the mean, ``generated`` of them its own."""
+        first, steps = max(1, round(tokens - generated) + 1), max(1, round(2 * generated - 1))
+        lengths = torch.arange(first, first + steps)
+        seen, coded = int(lengths.sum()), int(torch.stack(self._stops(lengths)).sum())
         d = shape.head_dim
-        return (coded * self._row_bytes(d) + (2 * tokens - coded) * d * ELEMENT_BYTES) / (tokens * shape.kv_row_bytes)
+        return (coded * self._row_bytes(d) + (2 * seen - coded) * d * ELEMENT_BYTES) / (seen * shape.kv_row_bytes)
 
     def _row_bytes(self, dim):
         return int(Scheme(self.bits, 1, self.group).row_bytes(dim))

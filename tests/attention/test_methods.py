@@ -14,7 +14,7 @@ ROW = 2 * DIM * 2  # bytes of a token's K and V in a KV head
 
 @pytest.fixture(scope="module")
 def rows():
-    names = ["full", "streaming_llm", "snapkv", "kivi", "int8", "tidaldecode"]
+    names = ["full", "streaming_llm", "snapkv", "kivi", "kivi_2bit", "int8", "tidaldecode"]
     made = measure(0.2, CTX, BATCH, f"{HEADS}/{KV_HEADS}", DIM, layers=4, methods=names, replays=3, device="cpu")
     return {row["method"]: row for row in made}
 
@@ -26,8 +26,9 @@ def test_bytes_are_those_of_the_sizes(rows):
         assert rows[name]["bytes_counted"] == BATCH * KV_HEADS * 80 * ROW, name  # 0.2 of 400 rows
     assert rows["int8"]["bytes_counted"] == BATCH * KV_HEADS * CTX * (2 * DIM + 8)
     keys, values = (CTX - 1) // 128 * 128, CTX - 1 - 128
-    codes = 2 * DIM // 8 + 4 * DIM // KIVI.group
-    assert rows["kivi"]["bytes_counted"] == BATCH * KV_HEADS * ((keys + values) * codes + (2 * CTX - keys - values) * 2 * DIM)
+    for name, bits in (("kivi", 4), ("kivi_2bit", 2)):
+        codes = bits * DIM // 8 + 4 * DIM // KIVI.group
+        assert rows[name]["bytes_counted"] == BATCH * KV_HEADS * ((keys + values) * codes + (2 * CTX - keys - values) * 2 * DIM), name
 
 
 def test_times_stand_beside_their_targets(rows):

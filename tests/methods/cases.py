@@ -29,6 +29,7 @@ from tests.methods.expected import Seen
 from tests.methods.recorder import Recorder
 
 PROMPTS = (90, 41, 130)
+FLUSHED = (94, 41, 126)  # a residual of 32 keys is full behind two generated tokens of two of these
 SHORT = (47, 20)
 STEPS = 6
 
@@ -106,9 +107,13 @@ CASES = {
         expected.multipole_counts,
         spoils.spoil_multipole,
         prompts=(393, 262),
+        short=(300, 20),
     ),
     "rocketkv": Case(maker(RocketKV, budget=30, window=8, max_new=10), {"budget": 500}, (None,), expected.rocket_counts, spoils.spoil_rocket),
-    "rocketkv large": Case(maker(RocketKV, budget=60, window=8, max_new=10), {"budget": 500}, (None,), expected.rocket_counts, spoils.spoil_rocket),
+    "rocketkv large": Case(
+        *(maker(RocketKV, budget=60, window=8, max_new=10), {"budget": 500}, (None,), expected.rocket_counts, spoils.spoil_rocket),
+        short=(90, 20),
+    ),
     "rocketkv faithful": Case(
         maker(RocketKV, budget=24, window=8, max_new=10, mode="faithful"),
         {"budget": 1000, "max_new": 5},
@@ -145,7 +150,7 @@ CASES = {
     "tova": Case(maker(TOVA, capacity=25), {"capacity": 500}, ("mean",), expected.tova_counts, spoils.spoil_survivors),
     "tova faithful": Case(maker(TOVA, capacity=25, mode="faithful"), {"capacity": 500}, (None,), expected.tova_counts, spoils.spoil_survivors),
     "h2o": Case(maker(H2O, heavy=15, recent=10), {"heavy": 300, "recent": 300}, (None,), expected.h2o_counts, spoils.spoil_survivors, scored=True),
-    "kivi": Case(maker(KIVI, bits=2, group=16, residual=32), expected=expected.kivi_counts, spoil=spoils.spoil_codes),
-    "kivi 4": Case(maker(KIVI, group=32, residual=32), expected=expected.kivi_counts, spoil=spoils.spoil_codes),
+    "kivi": Case(maker(KIVI, bits=2, group=16, residual=32), expected=expected.kivi_counts, spoil=spoils.spoil_codes, prompts=FLUSHED),
+    "kivi 4": Case(maker(KIVI, group=32, residual=32), expected=expected.kivi_counts, spoil=spoils.spoil_codes, prompts=FLUSHED),
     "int8": Case(INT8, expected=expected.int8_counts, spoil=spoils.spoil_codes),
 }

@@ -5,6 +5,7 @@ import pytest
 from macbench.errors import ConfigError
 from macbench.methods.h2o import H2O
 from macbench.methods.kivi import KIVI
+from macbench.methods.kivi_2bit import KIVI2Bit
 from macbench.methods.multipole import Multipole
 from macbench.methods.oracle_topk import OracleTopK
 from macbench.methods.pyramidkv import PyramidKV
@@ -52,6 +53,22 @@ def test_a_fit_holds_over_a_long_generation(method, rho, prompt, new):
     counts = batch.counts()
     measured = sum(counts[f"bytes_{c}"].sum() for c in ("kv", "meta", "state")) / counts["bytes_full"].sum()  # ids are left out of the closed forms
     assert measured == pytest.approx(rho, rel=0.1)
+
+
+@pytest.mark.parametrize("new", [3, 63])
+def test_what_kivi_is_held_to_is_what_its_steps_measure(new):
+    """Whether its keys become codes in the middle of the text (385 tokens) or the text ends before: its ratio is no smooth function of the length."""
+    prompt, generated = 380, (new + 1) / 2
+    tokens, shape = round(prompt + generated), Shape(1, 2, 1, 32, 0.25, max_tokens=prompt + new)
+    batch = Batch(KIVI2Bit(), [Text.random(prompt, new, layers=1, group=2, kv_heads=1, dim=32)])
+    for _ in range(new):
+        batch.step()
+    measured = batch.counts()["bytes_kv"].sum() / batch.counts()["bytes_full"].sum()
+    for rho in (0.92 * measured, measured, 1.1 * measured):
+        assert KIVI2Bit().fit(rho, tokens, shape, generated) == KIVI2Bit()
+    for rho in (0.9 * measured, 1.12 * measured):
+        with pytest.raises(ConfigError, match=f"must be within 10% of {measured:.3f} for kivi_2bit at {tokens} tokens; {measured:.3f} is its floor"):
+            KIVI2Bit().fit(rho, tokens, shape, generated)
 
 
 def test_generated_tokens_take_room_from_what_survives():

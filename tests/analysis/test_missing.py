@@ -54,6 +54,18 @@ def test_a_part(runs):
     assert "samples has no parts" in drawn(runs, fig1)["fig1"]
 
 
+def test_rows_of_steps_and_layers(runs):
+    """Of the 5,702 decode steps of the run, and of its 130 answers by 30 layers; a run without all of these is no picture of its steps."""
+    for name, kept, says in (("steps", 2851, "lacks 2,851 of 5,702 rows"), ("layers", 3899, "lacks 1 of 3,900 rows")):
+        part = next((runs / "ruler").rglob(f"{name}/part-*.parquet"))
+        whole = pq.read_table(part)
+        pq.write_table(whole.slice(0, kept), part)
+        lacks = drawn(runs, long_texts, fig1)
+        assert f"{part.parents[1].name}/{name} {says}" in lacks["records"] and lacks["fig1"] == ""
+        assert ("steps lacks" in lacks["long_texts"]) == (name == "steps")
+        pq.write_table(whole, part)
+
+
 def test_a_damaged_file(runs):
     path = runs / "decode/llama31_8b.parquet"
     path.write_bytes(path.read_bytes()[:500])

@@ -1,12 +1,15 @@
 """Presets: every one composes at every scale, says what it would do, and runs."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from macbench import cli, experiment, plan, run
 from macbench.errors import ConfigError
+from macbench.records import engine_knobs, placeless
 
 NAMES = cli.options("experiment")
 
@@ -34,6 +37,17 @@ def test_every_command_composes_and_gets_its_data(scale, tmp_path):
         else:
             assert cfg.task.get("data_path") == folders.get({"decode": "ruler"}.get(cfg.task.name, cfg.task.name))
         assert scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode"
+
+
+def test_the_recorded_runs_of_figure_1_are_what_its_preset_makes():
+    """Everything in the identity of a run but what a device and the prompts add to it."""
+    for name, ctx, run_name in (("fig1", 4096, "mac-9febb003"), ("fig1", 8192, "mac-b39ddfb1"), ("table1", 8192, "mac-b39ddfb1")):
+        known = json.loads((cli.CONF.parent / f"runs/reference/h100/ruler/smollm2/{ctx}/{run_name}/environment.json").read_text())["identity"]
+        (job,) = [job for job in experiment.jobs(name, "gpu") if f"task=ruler ctx={ctx // 1024}k" in job]
+        mine = OmegaConf.to_container(experiment.configuration(shlex.split(job)), resolve=True)
+        mine |= {"ctx": cli.parse_ctx(mine["ctx"]), "engine": engine_knobs(mine["engine"]), "model": placeless(mine["model"])}
+        mine["task"] = {key: mine["task"][key] for key in known["task"]}
+        assert all(mine[key] == value for key, value in known.items() if key not in ("dtype", "fitted", "backend"))
 
 
 def test_a_scale_without_commands_says_why():

@@ -24,7 +24,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
 a { color: #0060a0; }
 figure { margin: 0; } img { width: 100%; max-width: var(--wide); height: auto; display: block; }
-.picture { display: block; overflow-x: auto; } .picture input { position: absolute; opacity: 0; }
+.picture { display: block; position: relative; overflow-x: auto; } .picture input { position: absolute; opacity: 0; }
 .picture :focus-visible + img { outline: 2px solid #0060a0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
 th, td { padding: .25rem .45rem; text-align: left; border-bottom: 1px solid #ddd; }

@@ -44,7 +44,8 @@ def pace(name: str, scale: str) -> plan.Pace | None:
     if scale not in preset.get("pace", {}):
         return None
     estimated = preset.get("estimated", {}).get(scale)
-    return preset["pace"][scale], f"not measured: estimated from {estimated}" if estimated else f"measured with this preset at scale {scale}"
+    same = next(other for other in SCALES if preset[other] == preset[scale])  # the first one with these commands
+    return preset["pace"][scale], f"not measured: estimated from {estimated}" if estimated else f"measured with this preset at scale {same}"
 
 
 def located(overrides: list[str], data: Path | None) -> list[str]:

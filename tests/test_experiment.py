@@ -115,6 +115,7 @@ def test_a_forecast_says_what_its_rates_are(tmp_path, monkeypatch):
     """Measured or estimated; the disk as in records of the kind, wherever there are some."""
     assert experiment.pace("fig4", "paper") == (120, "not measured: estimated from the prefill of 120K")
     assert experiment.pace("fig4", "gpu") == (8, "measured with this preset at scale gpu") and experiment.pace("table4", "paper") is None
+    assert experiment.pace("table5", "paper") == (0.8, "measured with this preset at scale gpu")  # the same commands
     monkeypatch.chdir(cli.CONF.parent)
     cfg = experiment.configuration([*shlex.split(experiment.jobs("fig2", "gpu")[0]), f"runs_dir={tmp_path}"])
     found = plan.Plan([(str(i), False) for i in range(20)], tmp_path)

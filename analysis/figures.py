@@ -17,6 +17,7 @@ from analysis import (
     fig7,
     fig8,
     long_texts,
+    manifest,
     methods,
     sweep,
     table1,
@@ -46,9 +47,8 @@ def draw(records: Records, out: Path, items=ITEMS) -> list[Drawn]:
         except (KeyError, ValueError, TypeError, IndexError) as error:  # records can be damaged in more ways than are known
             lack = f"cannot be drawn from these records ({type(error).__name__}: {one_line(error)})"
             drawn.append(Drawn(item.NAME, getattr(item, "TITLE", item.NAME), "", [], lack=lack))
-    for i, line in enumerate(sorted(records.damaged)):
-        drawn.append(Drawn(f"records-{i + 1}", "Records", "", [], lack=f"{line}; drawn without it"))
-    return drawn
+    lines = [f"{line}; drawn without it" for line in sorted(records.damaged)] + [line for root in records.roots for line in manifest.lacks(root)]
+    return drawn + [Drawn(f"records-{i + 1}", "Records", "", [], lack=line) for i, line in enumerate(dict.fromkeys(lines))]
 
 
 def main(arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,17 +17,24 @@ from analysis.records import Missing, Records
 from analysis.style import Drawn
 from macbench.files import write_whole
 
+_OPEN = 3  # pictures of a kind that stand open
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
 a { color: #0060a0; }
-figure { margin: 0; } img { width: 100%; height: auto; }
+figure { margin: 0; } img { width: 100%; max-width: var(--wide); height: auto; display: block; }
+.picture { display: block; position: relative; overflow-x: auto; } .picture input { position: absolute; opacity: 0; }
+.picture :focus-visible + img { outline: 2px solid #0060a0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
 th, td { padding: .25rem .45rem; text-align: left; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #555; white-space: normal; vertical-align: bottom; }
 .caption { font-size: .85rem; color: #444; } .lack { background: #fff4e0; padding: .4rem .7rem; font-size: .85rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { .scroll::before { content: "scroll sideways \\2192"; position: sticky; left: 0; font-size: .75rem; color: #666; } }
+@media (max-width: 40rem) {
+ .scroll::before, .picture::before { content: "scroll sideways \\2192"; position: sticky; left: 0; font-size: .75rem; color: #666; }
+ .picture::before { content: "tap the picture for its full size, and again"; }
+ .picture :checked + img { width: var(--wide); }
+}
 details { margin: .4rem 0; } pre { overflow-x: auto; font-size: .75rem; background: #f5f5f5; padding: .5rem; } li { overflow-wrap: anywhere; }
 """
 
@@ -37,7 +45,7 @@ def write(roots: list[str], target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, style.wordless():
         found = draw(records, Path(folder))
-        body = [_item(drawn) for drawn in found]
+        body = [_folded(list(alike)) for _, alike in groupby(found, lambda d: (d.name.partition("-")[0], d.picture is not None and not d.lack))]
     nav = "".join(f'<li><a href="#{_id(d)}">{html.escape(d.title)}</a></li>' for d in found if not d.lack)
     page = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -59,6 +67,15 @@ def _id(drawn: Drawn) -> str:
     return html.escape(drawn.name, quote=True)
 
 
+def _folded(alike: list[Drawn]) -> str:
+    """Items of one kind below each other; of many pictures the one that holds most, as far as its size tells, above the others to be opened."""
+    if len(alike) <= _OPEN or alike[0].picture is None:
+        return "\n".join(map(_item, alike))
+    first = max(alike, key=lambda drawn: drawn.picture.stat().st_size)
+    others = [_item(drawn) for drawn in alike if drawn is not first]
+    return "\n".join([_item(first), f"<details><summary>{len(others)} more pictures of this kind</summary>", *others, "</details>"])
+
+
 def _item(drawn: Drawn) -> str:
     head = f'<h2 id="{_id(drawn)}">{html.escape(drawn.title)}</h2>'
     if drawn.lack:
@@ -68,8 +85,8 @@ def _item(drawn: Drawn) -> str:
     picture = drawn.picture.read_bytes()
     data, wide = base64.b64encode(picture).decode(), _rem(picture)
     return (
-        f'{head}<figure><div class="scroll"><img style="max-width:{wide}rem; min-width:{min(40, wide)}rem" '
-        f'alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></div>'
+        f'{head}<figure><label class="picture"><input type="checkbox" aria-label="full size"><img style="--wide:{wide}rem" '
+        f'alt="{html.escape(drawn.title, quote=True)}" src="data:image/png;base64,{data}"></label>'
         f'<figcaption class="caption">{html.escape(drawn.caption)}</figcaption></figure>'
     )
 

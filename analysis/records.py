@@ -217,7 +217,22 @@ class Records:
         lacking = {c for part in found for c in columns if c not in _schema(part).names}
         if lacking:
             raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
+        if name in ("steps", "layers"):
+            self._whole(run, name)
         return read_table(run, name, columns)
+
+    def _whole(self, run: Path, name: str) -> None:
+        """Missing if a table lacks rows: of every answer in ``samples`` it has a row per decode step or per layer, for the methods it is kept of."""
+        try:
+            answers = read_table(run, "samples", [*KEY, "decode_steps"]).dropna(subset="decode_steps")
+            rows = read_table(run, name, [*KEY, *["layer"] * (name == "layers")])
+        except ConfigError as error:
+            raise Missing(f"{run}: {one_line(error)}") from error
+        answers = answers[answers.method.isin(self.source(run).facts.get(f"{name}_of", answers.method))]
+        each = answers.set_index(KEY).decode_steps if name == "steps" else answers.set_index(KEY).decode_steps * 0 + rows.layer.max() + 1
+        absent = int((each - rows.groupby(KEY).size().reindex(each.index, fill_value=0)).clip(lower=0).sum())
+        if absent:
+            raise Missing(f"{run / name} lacks {absent:,} of {int(each.sum()):,} rows that follow from samples")
 
     def samples(self, run: Path) -> pd.DataFrame:
         """Finished sample rows of a run (see analysis.load); Missing names the column, part or file that is not there."""
@@ -247,6 +262,11 @@ class Records:
             raise Missing(f"{run}: {one_line(error)}") from error
         if len(frame) < known:
             raise Missing(f"{run / 'samples'} has {len(frame)} of the {known} finished examples of summary.json: a part is missing")
+        for name in ("steps", "layers"):  # what is drawn of samples alone does not need them
+            try:
+                self.table(run, name, KEY)
+            except Missing as lack:
+                self.damaged.add(str(lack))
         if frame.empty or frame.rho_bytes.isna().all():
             raise Missing(f"{run} has no finished example with a decode step")
         return frame, headline(summarise(frame, each=False))

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from macbench import cli, interrupt, plan
 from macbench.errors import ConfigError, choose, one_line
+from macbench.tasks import hub
 
 SCALES = ("cpu", "gpu", "paper")
 EVERY = "all"  # every preset, one after the other
@@ -37,6 +38,16 @@ def jobs(name: str, scale: str) -> list[str] | str:
     return load(name)[choose("scale", scale, SCALES)]
 
 
+def pace(name: str, scale: str) -> plan.Pace | None:
+    """Seconds per cell that a preset notes for a scale, and whether they were measured at it."""
+    preset = load(name)
+    if scale not in preset.get("pace", {}):
+        return None
+    estimated = preset.get("estimated", {}).get(scale)
+    same = next(other for other in SCALES if preset[other] == preset[scale])  # the first one with these commands
+    return preset["pace"][scale], f"not measured: estimated from {estimated}" if estimated else f"measured with this preset at scale {same}"
+
+
 def located(overrides: list[str], data: Path | None) -> list[str]:
     """``task.data_path`` for jobs whose task has a folder of its name in ``data``; for task=trace its sources', for task=decode RULER's."""
     if data is None:
@@ -58,6 +69,13 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
     """Run, or with --dry-run list, the commands of a preset. Returns the exit code, the worst of all commands'; a signal ends them all."""
     names, scale, data, rest, dry = _parse(argv)
     interrupt.raise_again()
+    if dry:
+        with hub.asked_once():
+            return _each(names, scale, data, rest, lambda cfg, name: print(plan.describe(cfg, pace(name, scale), gpu=scale != "cpu")) or 0)
+    return _each(names, scale, data, rest, lambda cfg, name: run(cfg))
+
+
+def _each(names: list[str], scale: str, data: Path | None, rest: list[str], do: Callable[[DictConfig, str], int]) -> int:
     worst, seen = 0, set()
     for name in names:
         found = jobs(name, scale)
@@ -75,12 +93,9 @@ def main(argv: list[str], run: Callable[[DictConfig], int]) -> int:
             seen.add(tuple(overrides))
             try:
                 cfg = configuration(overrides)
-                if dry:
-                    print(plan.describe(cfg, load(name).get("pace", {}).get(scale), gpu=scale != "cpu"))
-                else:
-                    worst = max(worst, run(cfg))
-                    if worst > 128:  # a signal
-                        return worst
+                worst = max(worst, do(cfg, name))
+                if worst > 128:  # a signal
+                    return worst
             except ConfigError as error:
                 print(f"macbench: {error}", file=sys.stderr)
                 worst = 2

@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
 from omegaconf import DictConfig, OmegaConf
 
-from macbench import cli
+from macbench import cli, parts
 from macbench.errors import FOREIGN, ConfigError
-from macbench.records import KEY, read_table
+from macbench.models.weights import resolve_device
+from macbench.records import KEY, PACKED, read_table
 from macbench.untrusted import configuration, document
 
 _SHOWN = 12  # lines of cells
+# Bytes on disk per row or text in the reference runs, for where no such record is.
+_BYTES = {"attention": 300, "decode": 1450, "trace": 13_000}
+Pace = tuple[float, str]  # seconds per cell, and in words whether that was measured
 
 
 @dataclass
@@ -30,22 +34,25 @@ class Plan:
         return sum(not there for _, there in self.cells)
 
 
-def describe(cfg: DictConfig, pace: float | None, gpu: bool = False) -> str:
-    """A few lines of text. ``pace``: measured seconds per cell, for tasks whose records do not tell; ``gpu``: it is for one, even if none is here."""
+def describe(cfg: DictConfig, pace: Pace | None, gpu: bool = False) -> str:
+    """A few lines of text. ``pace``: for tasks whose records do not tell; ``gpu``: it is for one, even if none is here."""
     found = plan(cfg)
+    if found.note:
+        return f"   cells not counted: {found.note}\n   into {found.folder}"
     lines = [f"   {'there  ' if there else 'missing'} {name}" for name, there in found.cells]
     if len(lines) > _SHOWN:
         lines = [*lines[: _SHOWN - 1], f"   ... {len(lines) - _SHOWN + 1} more"]
-    seconds, size, source = forecast(cfg, found, pace, gpu)
-    cost = "nothing to do" if not found.missing else "no rate measured here: run one cell" if seconds is None else f"about {duration(seconds)}"
-    disk = f", {size / 1e6:.2g} MB" if size and found.missing else ""
-    count = f"{len(found.cells)} cells, {len(found.cells) - found.missing} there, {found.missing} missing: {cost}{disk}{source}"
-    lines.append(f"   {'cells not counted' if found.note else count}")
-    return "\n".join([*lines, f"   into {found.folder}", *[f"   note: {found.note}"] * bool(found.note)])
+    cost = "nothing to do"
+    if found.missing:
+        (seconds, time_from), (size, size_from) = forecast(cfg, found, pace, gpu), disk(cfg, found)
+        cost = "no rate measured here: run one cell" if seconds is None else f"about {duration(seconds)} ({time_from})"
+        cost += "" if size is None else f", {size / 1e6:.2g} MB ({size_from})"
+    lines.append(f"   {len(found.cells)} cells, {len(found.cells) - found.missing} there, {found.missing} missing: {cost}")
+    return "\n".join([*lines, f"   into {found.folder}"])
 
 
 def plan(cfg: DictConfig) -> Plan:
-    """The cells of a configuration; a model whose files are not here leaves them uncounted as missing, with a note."""
+    """The cells of a configuration; a model or data that is not here leaves them uncounted, with a note."""
     from macbench import run
 
     if cfg.task.name in ("attention", "decode"):
@@ -58,9 +65,7 @@ def plan(cfg: DictConfig) -> Plan:
     try:
         prepared = run.prepare(cfg)
     except ConfigError as error:
-        subtasks = cfg.task.get("subtasks") or ["every subtask"]
-        names = [f"{cfg.method.name}, {', '.join(cfg.compare)} / {subtask} / {cfg.limit} examples" for subtask in subtasks]
-        return Plan([(name, False) for name in names], Path(cfg.runs_dir) / cfg.task.name, f"not checked further: {error}")
+        return Plan([], Path(cfg.runs_dir) / cfg.task.name, str(error))
     folder = run.run_folder(cfg, prepared)
     done = _done(folder)
     wanted = [(v.name, v.label, subtask, str(i)) for subtask, i in prepared.asked.places() for v in prepared.variants]
@@ -100,46 +105,77 @@ def _sources(cfg: DictConfig) -> list[tuple[str, str, int]]:
     return found
 
 
-def forecast(cfg: DictConfig, found: Plan, pace: float | None, gpu: bool = False) -> tuple[float | None, float, str]:
-    """(seconds, bytes, where the rate is from) of the missing cells."""
+def forecast(cfg: DictConfig, found: Plan, pace: Pace | None, gpu: bool = False) -> tuple[float | None, str]:
+    """Seconds that the missing cells take, and where the rate is from."""
     if pace is not None:
-        return found.missing * pace, found.missing * 2e3, f" (at {pace:g} s per cell, measured with this preset)"
-    rates = pd.DataFrame(_rates(cfg, gpu))
-    if rates.empty:
-        return None, 0.0, ""
-    rates = rates.assign(far=(rates.ctx / cli.parse_ctx(cfg.ctx) - 1).abs()).sort_values("far")
-    best = rates.iloc[0]
-    seconds = best.prefill / found.variants + best.decode
-    return found.missing * seconds, found.missing * best.disk, f" (at {seconds:.2g} s per cell, measured in {best.run})"
+        return found.missing * pace[0], f"at {pace[0]:g} s per cell, {pace[1]}"
+    gpu = (gpu and cfg.device == "auto") or resolve_device(cfg.device) != "cpu"
+    rates = [rate for rate in _recorded(cfg) if rate.device.startswith("NVIDIA" if gpu else "cpu")]
+    if not rates:
+        return None, ""
+    seconds = rates[0].prefill / found.variants + rates[0].decode
+    return found.missing * seconds, f"at {seconds:.2g} s per cell, measured in {rates[0].run}"
 
 
-def _rates(cfg: DictConfig, gpu: bool) -> list[dict]:
-    """Seconds of prefill per example, and of decoding and bytes per (example, variant), of recorded runs of the same model and kind of task
-    on the same kind of machine."""
-    from macbench.models.weights import resolve_device
+def disk(cfg: DictConfig, found: Plan) -> tuple[float | None, str]:
+    """Bytes of the missing cells' records, and where the rate is from."""
+    if cfg.task.name in _BYTES:
+        cells, size, places = 0, 0, set()
+        for path in {p for root in _roots(cfg) for p in root.glob(f"**/{cfg.task.name}/**/*.parquet")}:
+            if cfg.task.name != "trace" or path.name == "texts.parquet":  # a text has a row there and many in the tables beside it
+                try:
+                    with parts.opened(path) as file:
+                        cells += file.metadata.num_rows
+                except (OSError, ValueError, pa.ArrowException):
+                    continue
+                files = path.parent.glob("*.parquet") if cfg.task.name == "trace" else [path]
+                size += sum(p.stat().st_size for p in files)
+                places.add(str(path.parent))
+        each = size / cells if cells else _BYTES[cfg.task.name]
+        return found.missing * each, f"{each:,.0f} B per cell, " + (f"as in {', '.join(sorted(places))}" if cells else "as in the reference runs")
+    rates = _recorded(cfg)
+    if not rates:
+        return None, ""
+    return found.missing * rates[0].disk, f"{'packed ' * rates[0].packed}as in {rates[0].run}"
+
+
+@dataclass
+class _Rate:
+    """Of a recorded run: seconds of prefill per example, and of decoding and bytes on disk per (example, variant)."""
+
+    prefill: float
+    decode: float
+    disk: float
+    ctx: int
+    device: str
+    packed: bool
+    run: Path
+
+
+def _roots(cfg: DictConfig) -> list[Path]:
+    return list(dict.fromkeys([Path(cfg.runs_dir), Path("runs")]))
+
+
+def _recorded(cfg: DictConfig) -> list[_Rate]:
+    """Recorded runs of the same model and kind of task, those of the nearest context first."""
     from macbench.run import model_name
 
-    gpu = (gpu and cfg.device == "auto") or resolve_device(cfg.device) != "cpu"
-    wanted, rows = "NVIDIA" if gpu else "cpu", []
-    for root in dict.fromkeys([Path(cfg.runs_dir), Path("runs")]):
-        for folder in {p.parent.parent for p in root.glob("**/samples/*.parquet")}:
-            facts = folder / "environment.json"
-            if folder.parent.parent.name != model_name(cfg) or cfg.task.name not in folder.parts[-4] or not facts.exists():
-                continue
-            try:
-                there = str(document(facts)["device"])
-                batch = configuration(folder).get("batch") or 1
-            except (ConfigError, *FOREIGN):
-                continue
-            if not there.startswith(wanted):
-                continue
+    found = []
+    for folder in sorted({p.parent.parent for root in _roots(cfg) for p in root.glob("**/samples/*.parquet")}):
+        if folder.parent.parent.name != model_name(cfg) or cfg.task.name not in folder.parts[-4]:
+            continue
+        try:
+            device = str(document(folder / "environment.json")["device"])
+            batch = configuration(folder).get("batch") or 1
             frame = read_table(folder, "samples", ["prefill_s", "decode_s", "error", "ctx"])
-            frame = frame[frame.error.isna()]
-            size = sum(p.stat().st_size for p in folder.glob("*/*.parquet")) / max(1, len(frame))
-            if len(frame):
-                prefill, decode = frame.prefill_s.mean(), frame.decode_s.mean() / batch
-                rows.append({"prefill": prefill, "decode": decode, "disk": size, "ctx": frame.ctx.iloc[0], "run": str(folder)})
-    return rows
+        except (ConfigError, *FOREIGN):
+            continue
+        frame = frame[frame.error.isna()]
+        size = sum(p.stat().st_size for p in folder.glob("*/*.parquet")) / max(1, len(frame))
+        if len(frame):
+            packed = (folder / "samples" / f"{PACKED}.parquet").exists()
+            found.append(_Rate(frame.prefill_s.mean(), frame.decode_s.mean() / batch, size, int(frame.ctx.iloc[0]), device, packed, folder))
+    return sorted(found, key=lambda rate: abs(rate.ctx / cli.parse_ctx(cfg.ctx) - 1))
 
 
 def duration(seconds: float) -> str:

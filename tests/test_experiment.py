@@ -1,12 +1,15 @@
 """Presets: every one composes at every scale, says what it would do, and runs."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from macbench import cli, experiment, plan, run
 from macbench.errors import ConfigError
+from macbench.records import engine_knobs, placeless
 
 NAMES = cli.options("experiment")
 
@@ -34,6 +37,17 @@ def test_every_command_composes_and_gets_its_data(scale, tmp_path):
         else:
             assert cfg.task.get("data_path") == folders.get({"decode": "ruler"}.get(cfg.task.name, cfg.task.name))
         assert scale != "paper" or cfg.model.name != "random_llama31_8b" or cfg.task.name == "decode"
+
+
+def test_the_recorded_runs_of_figure_1_are_what_its_preset_makes():
+    """Everything in the identity of a run but what a device and the prompts add to it."""
+    for name, ctx, run_name in (("fig1", 4096, "mac-9febb003"), ("fig1", 8192, "mac-b39ddfb1"), ("table1", 8192, "mac-b39ddfb1")):
+        known = json.loads((cli.CONF.parent / f"runs/reference/h100/ruler/smollm2/{ctx}/{run_name}/environment.json").read_text())["identity"]
+        (job,) = [job for job in experiment.jobs(name, "gpu") if f"task=ruler ctx={ctx // 1024}k" in job]
+        mine = OmegaConf.to_container(experiment.configuration(shlex.split(job)), resolve=True)
+        mine |= {"ctx": cli.parse_ctx(mine["ctx"]), "engine": engine_knobs(mine["engine"]), "model": placeless(mine["model"])}
+        mine["task"] = {key: mine["task"][key] for key in known["task"]}
+        assert all(mine[key] == value for key, value in known.items() if key not in ("dtype", "fitted", "backend"))
 
 
 def test_a_scale_without_commands_says_why():
@@ -77,7 +91,7 @@ def test_a_dry_run_lists_cells_and_what_is_there(tmp_path, capsys):
     cfg = experiment.configuration([*shlex.split(experiment.jobs("table5", "cpu")[0]), f"runs_dir={tmp_path}"])
     run.target(cfg).parent.mkdir(parents=True)
     run.target(cfg).write_bytes(b"")
-    assert plan.plan(cfg).missing == 0 and "nothing to do" in plan.describe(cfg, 1.0)
+    assert plan.plan(cfg).missing == 0 and "nothing to do" in plan.describe(cfg, (1.0, "measured"))
 
 
 def test_where_essays_lie_is_no_part_of_a_latency_run(tmp_path):
@@ -91,10 +105,51 @@ def test_cells_of_a_benchmark_are_examples_by_variant(tmp_path):
     found = plan.plan(cfg)
     assert sorted(name for name, _ in found.cells) == ["full vt 0", "full vt 1", "mac vt 0", "mac vt 1"]
     assert found.missing == 4 and not found.folder.exists()
-    seconds, _, source = plan.forecast(cfg, found, None)
+    seconds, source = plan.forecast(cfg, found, None)
     assert seconds > 0 and "measured in" in source  # the reference run on a CPU has the same model
-    faster, _, source = plan.forecast(cfg, found, None, gpu=True)
+    faster, source = plan.forecast(cfg, found, None, gpu=True)
     assert faster < seconds and "/h" in source and "/cpu/" not in source
+
+
+def test_a_forecast_says_what_its_rates_are(tmp_path, monkeypatch):
+    """Measured or estimated; the disk as in records of the kind, wherever there are some."""
+    assert experiment.pace("fig4", "paper") == (120, "not measured: estimated from the prefill of 120K")
+    assert experiment.pace("fig4", "gpu") == (8, "measured with this preset at scale gpu") and experiment.pace("table4", "paper") is None
+    assert experiment.pace("table5", "paper") == (0.8, "measured with this preset at scale gpu")  # the same commands
+    monkeypatch.chdir(cli.CONF.parent)
+    cfg = experiment.configuration([*shlex.split(experiment.jobs("fig2", "gpu")[0]), f"runs_dir={tmp_path}"])
+    found = plan.Plan([(str(i), False) for i in range(20)], tmp_path)
+    traces = list((cli.CONF.parent / "runs/reference").glob("*/trace/**/*.parquet"))
+    size, source = plan.disk(cfg, found)
+    assert size == pytest.approx(sum(p.stat().st_size for p in traces)) and "as in runs/reference" in source  # that is of 20 texts
+    monkeypatch.chdir(tmp_path)
+    size, source = plan.disk(cfg, found)
+    assert 0.5 < size / sum(p.stat().st_size for p in traces) < 2 and "as in the reference runs" in source
+
+
+def test_a_dry_run_asks_a_hub_out_of_reach_once(monkeypatch):
+    """Offline its client looks into the cache alone, where it would ask six times for each model; afterwards it is as it was."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked, offline = [], []
+
+    class Session:
+        def head(self, url, **more):
+            asked.append(url)
+            raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(plan, "describe", lambda *given, **more: offline.append(constants.HF_HUB_OFFLINE))
+    assert experiment.main(["+experiment=table1", "scale=paper", "--dry-run"], lambda cfg: 0) == 0
+    assert (len(asked), offline, constants.HF_HUB_OFFLINE) == (1, [True] * 6, False)
+
+
+def test_cells_of_a_model_that_is_not_here_are_not_counted(tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = plan.describe(experiment.configuration(["task=ruler", f"model.path={tmp_path}/empty", "model.gguf=null"]), None)
+    assert said.startswith("   cells not counted: model.path=") and said.count("\n") == 1
 
 
 def test_a_preset_runs_every_command_and_goes_on_after_a_mistake(capsys):

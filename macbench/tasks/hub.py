@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from macbench.files import write_whole
@@ -35,6 +36,22 @@ def rows(repo: str, config: str | None, split: str, revision: str | None = None)
             return datasets.load_dataset(repo, config, split=split, **pinned)
         except Exception as error:
             raise Unreachable(f"{repo} cannot be fetched from the Hugging Face hub ({type(error).__name__})") from None
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """Within it the hub, if it does not answer now, is not asked again: the client would retry for half a minute per model. The cache is read."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with contextlib.ExitStack() as stack:
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+        except Exception:  # as in ``rows``
+            stack.enter_context(_set(constants, "HF_HUB_OFFLINE", True))
+            stack.enter_context(_set(datasets.config, "HF_HUB_OFFLINE", True))
+        yield
 
 
 def download(url: str, sha256: str) -> Path:

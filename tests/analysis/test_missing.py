@@ -8,6 +8,7 @@ import pytest
 
 from analysis import contexts, fig1, fig2, fig4, fig6, fig8, figures, long_texts, page, sweep, table2_3, table4, table7
 from analysis.records import Missing, Records, Source
+from analysis.style import Drawn
 from macbench import report
 from macbench.errors import ConfigError
 from tests.analysis.test_numbers import REFERENCE
@@ -52,6 +53,18 @@ def test_a_part(runs):
     assert "has 50 of the 130 finished examples of summary.json: a part is missing" in drawn(runs, fig1)["fig1"]
     part.unlink()
     assert "samples has no parts" in drawn(runs, fig1)["fig1"]
+
+
+def test_rows_of_steps_and_layers(runs):
+    """Of the 5,702 decode steps of the run, and of its 130 answers by 30 layers; a run without all of these is no picture of its steps."""
+    for name, kept, says in (("steps", 2851, "lacks 2,851 of 5,702 rows"), ("layers", 3899, "lacks 1 of 3,900 rows")):
+        part = next((runs / "ruler").rglob(f"{name}/part-*.parquet"))
+        whole = pq.read_table(part)
+        pq.write_table(whole.slice(0, kept), part)
+        lacks = drawn(runs, long_texts, fig1)
+        assert f"{part.parents[1].name}/{name} {says}" in lacks["records"] and lacks["fig1"] == ""
+        assert ("steps lacks" in lacks.get("long_texts", "")) == (name == "steps")
+        pq.write_table(whole, part)
 
 
 def test_a_damaged_file(runs):
@@ -130,3 +143,20 @@ def test_the_page_needs_no_network_and_says_what_is_missing(runs, monkeypatch, c
     assert 'href="runs/decode/llama31_8b.parquet"' in text and "bos_count" not in text.split("Protocol cards")[0]
     with pytest.raises(ConfigError, match="is not a run folder"):
         report.main([str(runs / "nothing")])
+
+
+def test_of_many_pictures_of_a_kind_one_stands_open(tmp_path, monkeypatch):
+    def some(records, out):
+        items = []
+        for i in range(5):
+            path = out / f"{i}.png"
+            path.write_bytes(b"\x89PNG" + bytes(96 + (i == 3)))
+            items.append(Drawn(f"fig1-{i}", f"picture {i}", "", [path], path))
+        return [*items, Drawn("fig2", "picture 5", "", [items[0].picture], items[0].picture)]
+
+    monkeypatch.setattr(page, "draw", some)
+    text = page.write([str(tmp_path)], tmp_path / "report.html").read_text()
+    open_, folded = text.split("<details><summary>4 more pictures")
+    assert [i for i in range(6) if f'alt="picture {i}"' in open_] == [3]
+    folded, after = folded.split("</details>", 1)
+    assert [i for i in range(6) if f'alt="picture {i}"' in folded] == [0, 1, 2, 4] and 'alt="picture 5"' in after

@@ -22,11 +22,6 @@ from tests.test_summary import row
 REFERENCE = CONF.parent / "runs" / "reference"
 
 
-@pytest.fixture(scope="module")
-def records() -> Records:
-    return Records(REFERENCE)
-
-
 def rows(path: Path) -> list[dict]:
     """A file, or the parts of a table."""
     return [r for part in ([path] if path.is_file() else sorted(path.glob("part-*.parquet"))) for r in pq.read_table(part).to_pylist()]
@@ -220,19 +215,6 @@ def test_fig8_and_table5_are_microseconds_of_the_rows(timed, tmp_path):
     for item in (fig8, table5):
         (drawn,) = item.make(small, tmp_path)
         assert "commit 01234567" in drawn.caption and all(file.stat().st_size > 300 for file in drawn.files)
-
-
-def test_table1_pairs_examples(records):
-    numbers, _, lacks = table1.compared(records)
-    assert not lacks
-    found = numbers[(numbers.task == "longbench_v2") & (numbers.ctx == 8192)].iloc[0]
-    (run,) = [r for r in records.runs if r.parts[-4] == "longbench_v2" and "mac" in set(records.samples(r).method)][:1]
-    mine = rows(run / "samples")
-    score = {m: np.mean([r["score"] for r in mine if r["method"] == m and not r["variant"]]) for m in ("full", "mac")}
-    mac = [r for r in mine if r["method"] == "mac"]
-    assert (found.full, found.mac, found.difference) == approx((score["full"], score["mac"], score["mac"] - score["full"]))
-    assert found.rho_log == approx(sum(r["tokens_log"] for r in mac) / sum(r["tokens_log_full"] for r in mac))
-    assert found.hit_rate == approx(sum(r["hit_rate"] * r["decode_steps"] for r in mac) / sum(r["decode_steps"] for r in mac))
 
 
 def test_table2_3_divides_by_full_attentions_time():

@@ -217,8 +217,8 @@ def test_fig1_draws_one_standard_error_and_the_interval(records):
     samples = table(run / "samples")
     samples = samples[samples.error.isna()]
     _, (left, right) = plt.subplots(1, 2)
-    fig1.scores(left, rows, fig1.looks(rows), {})
-    fig1.differences(right, rows, fig1.looks(rows))
+    fig1.scores(left, rows, style.methods(rows.method), {})
+    fig1.differences(right, rows, style.methods(rows.method))
     drawn = dict(zip(dict.fromkeys(rows.method), bars_in_order(left), strict=True))
     for method, mine in rows.groupby("method", sort=False):
         for row, (_, mean, low, high) in zip(mine.itertuples(), drawn[method], strict=True):

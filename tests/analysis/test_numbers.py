@@ -361,5 +361,8 @@ def test_sweep_reads_its_knobs_from_the_variants(tmp_path):
     # Of three examples two are drawn: differences of -0.5 + 0.1 j once in nine times, of -0.25 + 0.1 j four times in nine.
     assert sorted(numbers.apart) == [False, True, True, True] and not numbers.set_index(["tau", "window"]).apart[0.6, 512]
     (drawn,) = sweep.make(Records(tmp_path), tmp_path)
-    assert "3 examples per variant; full attention scores 0.500" in drawn.caption and "up to ±0.125" in drawn.caption
+    assert (
+        "3 examples of vt per variant, 150 decode steps of all 4 variants and full attention, which scores 0.500" in drawn.caption
+        and "up to ±0.125" in drawn.caption
+    )
     assert drawn.files[0].stat().st_size > 1000

@@ -54,7 +54,10 @@ def timed(records: Records, rows: pd.DataFrame, run: Path) -> tuple[pd.DataFrame
 
 def _alone(timings: list[Source], ctx: int) -> str:
     """Which requests the times of steps are of: the median over those of one task, which no table's scores are of."""
-    frame = pd.concat([read(source.path, ["ctx", "batch", "subtask"]) for source in timings])
+    try:
+        frame = pd.concat([read(source.path, ["ctx", "batch", "subtask"]) for source in timings])
+    except Missing as lack:
+        return f"median over requests of RULER, of which is not known ({lack}), from short runs"
     frame = frame[frame.ctx == ctx]
     subtasks, batches = (", ".join(map(str, sorted(frame[column].unique()))) for column in ("subtask", "batch"))
     return f"median over requests of RULER's {subtasks} at {style.tokens(ctx)}, batch {batches} (step_times.parquet), from short runs"

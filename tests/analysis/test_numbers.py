@@ -257,12 +257,19 @@ def test_table2_3_divides_by_full_attentions_time():
 def test_table2_3_takes_steps_that_had_the_card_to_themselves(tmp_path):
     made = [("full", "", 8192, 2.0), ("full", "", 8192, 3.0), ("full", "", 8192, 9.0), ("full", "", 4096, 1.0), ("rocketkv", "0.1", 8192, 6.0)]
     steps = pd.DataFrame(made, columns=["method", "budget", "ctx", "ms"])
-    steps.assign(device="NVIDIA H100 80GB HBM3").to_parquet(tmp_path / "step_times.parquet")
+    steps.assign(device="NVIDIA H100 80GB HBM3", batch=7, subtask="vt").to_parquet(tmp_path / "step_times.parquet")
     records = Records(REFERENCE / "h100" / "longbench_v2", tmp_path)
     (drawn,) = table2_3.make(records, tmp_path)
     found = {(r.method, r.variant.split(":")[0]): (r[-3], r[-2]) for r in drawn.frame.itertuples()}
     assert found["full", "–"] == ("3.00", "1.00") and found["rocketkv", "at 0.1"] == ("6.00", "2.00")
-    assert found["mac", "–"] == found["rocketkv", "at 0.25"] == ("–", "–") and "had the card to themselves" in drawn.caption
+    assert found["mac", "–"] == found["rocketkv", "at 0.25"] == ("–", "–") and "RULER's vt at 8K, batch 7" in drawn.caption
+
+
+def test_times_of_unknown_requests_are_called_so(tmp_path):
+    steps = pd.DataFrame([("full", "", 8192, 2.0, "NVIDIA H100 80GB HBM3")], columns=["method", "budget", "ctx", "ms", "device"])
+    steps.to_parquet(tmp_path / "step_times.parquet")
+    (drawn,) = table2_3.make(Records(REFERENCE / "h100" / "longbench_v2", tmp_path), tmp_path)
+    assert "has no column batch, subtask" in drawn.caption and drawn.frame["ms/step"][0] == "2.00"
 
 
 def test_a_mean_over_fewer_subtasks_is_called_so(records):

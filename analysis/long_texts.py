@@ -106,13 +106,13 @@ def latency(records: Records, out: Path) -> Drawn:
     found, sources = latencies(records)
     rows = found.to_dict("records")
     figure, axes = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
+    looks = style.methods(found.method)
     for i, row in enumerate(rows):
-        colour = style.BLACK if row["method"] == "full" else style.COLOURS[0]
+        colour = looks[row["method"]]["color"]
         axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt", label="" if i else "5% to 95%")
         axes.plot(row["middle"], i, marker="o", linestyle="none", color=colour, label="" if i else "median")
         axes.plot(row["tail"], i, marker="|", linestyle="none", color=colour, markersize=7, label="" if i else "99%")
-    labels = [f"{row['run']}: {row['method']}, {row['n']:,} steps, {row['texts']} texts, batch {row['batch']}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=6.5)
+    axes.set_yticks(range(len(rows)), [f"{row['run']}: {row['method']}, {row['n']:,} steps" for row in rows], fontsize=6.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms per decode step of a batch")

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.container import ErrorbarContainer
 from pytest import approx
 
-from analysis import chains, fig1, fig2, fig4, fig5, fig6, fig8, long_texts, style, table1, table2_3, table5, table6
+from analysis import chains, fig1, fig2, fig4, fig5, fig6, fig8, long_texts, methods, style, table1, table2_3, table5, table6, table7
 from analysis.records import Records
 from macbench.cli import CONF
 
@@ -284,3 +284,54 @@ def test_drift_is_of_tokens_bytes_hits_and_chains(records):
             mine.chain_mean.mean(),
         )
         assert (found.rho_log, found.rho_bytes, found.hit_rate, found.chain_mean) == approx(truth, nan_ok=True)
+
+
+def test_methods_print_times_and_bytes(records, tmp_path):
+    (drawn,) = methods.make(records, tmp_path)
+    frame = pd.read_parquet(H100 / "attention" / "methods.parquet").set_index("method")
+    some = drawn.frame[drawn.frame.machine == "H100"] if "machine" in drawn.frame else drawn.frame
+    assert set(some.method) == set(frame.index)
+    for printed in some.to_dict("records"):
+        r = frame.loc[printed["method"]]
+        told = ("rho_bytes", "ms per layer", "/ full", "bytes / copy bandwidth, ms")
+        if pd.notna(r.time_ms):
+            numbers = (
+                f"{r.rho_bytes:.3f}",
+                f"{r.time_ms:.3f}",
+                f"{r.time_ms / frame.time_ms['full']:.2f}",
+                f"{1e3 * r.bytes_counted / r.copy_bandwidth:.3f}",
+            )
+            assert tuple(printed[name] for name in told) == numbers
+        else:
+            assert {printed[name] for name in told} == {"–"} and printed["note"]
+
+
+def test_table7_prints_bytes_of_one_request(records, tmp_path):
+    (drawn,) = table7.make(records, tmp_path)
+    frame = pd.read_parquet(H100 / "decode" / "llama31_8b.parquet").query("method == 'mac'")
+    per = frame.assign(kv=frame.kv_bytes / frame.batch, state=frame.state_bytes / frame.batch).groupby("ctx")[["kv", "state"]].min()
+    (longest,) = drawn.frame[drawn.frame.model.str.startswith("llama31_8b") & (drawn.frame.ctx == "127K")].to_dict("records")
+    kv, state = per.loc[130048]
+    printed = (longest["KV cache, GB"], longest["rings, GB"], longest["rings / KV cache"])
+    assert printed == (f"{kv / 1e9:.2f}", f"{state / 1e9:.3f}", f"{100 * state / kv:.1f}%")
+
+
+def test_shares_of_chains_heat_and_drift_are_drawn_as_counted(records, figures, tmp_path):
+    chains.make(records, tmp_path)
+    fig5.make(records, tmp_path)
+    run = next(r for r in records.runs if r.parts[-4] == "longgenbench_16k")
+    numbers = long_texts.numbers(records, run)
+    long_texts.drift(records, run, numbers, tmp_path)
+    chain, _, heat, drift = (figure.axes for figure in figures)
+    hits = traced(records, "chains").query("depth_low > 0").groupby("depth_low")["count"].sum()
+    assert [bar.get_height() for bar in chain[1].patches] == approx((hits / hits.sum()).tolist())
+    rates = traced(records, "acceptance").query("window == 512").assign(rate=lambda f: f.hits / f.steps).groupby(["tau", "layer", "head"]).rate.mean()
+    panels = [axes for axes in heat if axes.get_title()]
+    for axes in panels:
+        tau = float(axes.get_title().removeprefix("tau = "))
+        assert np.asarray(axes.images[0].get_array()) == approx(rates[tau].unstack().to_numpy())
+    assert len(panels) == 3
+    for axes, column in zip(drift, ("hit_rate", "rho_bytes", "chain_mean", "rho_log"), strict=True):
+        for line in axes.lines:
+            assert line.get_ydata() == approx(numbers[numbers.text == line.get_label()][column].to_numpy(), nan_ok=True)
+        assert len(axes.lines) == 4

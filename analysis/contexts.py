@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from analysis import style, table
-from analysis.fig1 import looks
 from analysis.load import swept
 from analysis.records import Missing, Records, Source
 from analysis.style import Drawn
@@ -122,7 +121,7 @@ def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, titl
     rows = math.ceil(len(subtasks) / _COLUMNS)
     size = (style.WIDTH, 0.3 + 1.25 * rows)
     figure, panels = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
-    styles, methods = looks(found), list(dict.fromkeys(found.method))
+    styles, methods = style.methods(found.method), list(dict.fromkeys(found.method))
     aside = {method: 1.09 ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}  # so that no bar hides another
     for axes, subtask in zip(panels.flat, subtasks, strict=False):
         for method, mine in found[found.subtask == subtask].groupby("method", sort=False):

@@ -47,7 +47,7 @@ def make(records: Records, out: Path) -> list[Drawn]:
 def picture(frame: pd.DataFrame, rows: pd.DataFrame, source: Source, name: str, out: Path, lines: dict[str, float] | None = None) -> Drawn:
     """One figure from the sample rows of a run and its headline rows. ``lines``: chance level and the like, score by name."""
     rows = in_order(rows)
-    styles = looks(rows)
+    styles = style.methods(rows.method)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, max(2.6, 0.6 + _ROW * len(rows))), layout="constrained", width_ratios=(1.1, 1))
     scores(left, rows, styles, lines or {})
     differences(right, rows, styles)
@@ -90,17 +90,6 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     mean = rows.groupby("method").score.transform("mean").where(rows.method != REFERENCE, np.inf)
     rows = rows.assign(_mean=mean).sort_values(["_mean", "method", "rho_bytes"], ascending=[False, True, True], kind="stable")
     return rows.reset_index(drop=True)
-
-
-def looks(rows: pd.DataFrame) -> dict[str, dict]:
-    """Colour, marker and dashes by method, whatever the scores are: by name. MAC's colour is its own; others of one colour differ in dashes."""
-    names = sorted(set(rows.method) - {REFERENCE, "mac"})
-    own, *colours = style.COLOURS[1:] + style.COLOURS[:1]
-    found = {
-        name: style.look(i) | {"color": colours[i % len(colours)], "linestyle": style.DASHES[i // len(colours) % len(style.DASHES)]}
-        for i, name in enumerate(names)
-    }
-    return found | {"mac": {"color": own, "marker": "o"}, REFERENCE: {"color": style.BLACK, "marker": "o", "markerfacecolor": "white"}}
 
 
 def scores(axes: Axes, rows: pd.DataFrame, styles: dict, lines: dict[str, float]) -> None:

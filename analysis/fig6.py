@@ -18,7 +18,6 @@ COLUMNS = [
     *("method", "backend", "mode", "q_heads", "kv_heads", "batch", "ctx", "head_dim", "dtype", "window", "hit_rate", "hit_rate_measured", "misses"),
     *("time_ms", "time_p10_ms", "time_p90_ms", "kv_tokens", "bytes_read"),
 ]
-_FLASHINFER = "the faster of FlashInfer's kernels that ran"
 _CELL = ["file", "q_heads", "kv_heads", "batch", "ctx", "mode"]
 
 
@@ -46,30 +45,42 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
         raise Missing("no rows of MAC at 32/8 heads beside full attention; python -m macbench.run +experiment=fig6 scale=gpu measures them")
     mac = mac[mac.file == files.index[-1]]
     mac = mac[mac.window == mac.window.min()]
-    backends = frame[(frame.file == files.index[-1]) & (frame.method == "full")].backend
-    peer = _FLASHINFER if backends.str.startswith("flashinfer").any() else "our own full attention, since FlashInfer did not run"
+    backends = set(frame[(frame.file == files.index[-1]) & (frame.method == "full")].backend)
     ratios = {"speedup": mac.full_ms / mac.time_ms, "low": mac.full_ms / mac.time_p90_ms, "high": mac.full_ms / mac.time_p10_ms}
-    return mac.assign(**ratios, peer=peer), [sources[files.index[-1]]]
+    return mac.assign(**ratios, peer=_peer(backends)), [sources[files.index[-1]]]
+
+
+def _peer(backends: set[str]) -> str:
+    """Whose full attention it is, of the kernels that ran."""
+    theirs = sorted(name for name in backends if name.startswith("flashinfer"))
+    if not theirs:
+        return "our own full attention, since FlashInfer did not run"
+    return f"FlashInfer's {theirs[0]}, its one kernel that ran" if len(theirs) == 1 else f"the faster of FlashInfer's {' and '.join(theirs)}"
 
 
 def break_even(table: pd.DataFrame) -> pd.DataFrame:
-    """Hit rate (of query heads, as measured) at which MAC takes as long as full attention, linear between the measured ones: batch, ctx, rate.
+    """Hit rate (of query heads, as measured) at which MAC takes as long as full attention: batch, ctx, rate; low and high of the percentiles' times.
 
-    0 if MAC is never slower; NaN if it is slower at every hit rate measured, or faster at the lowest of them which is not 0.
+    Linear in log speed-up between the measured rates. 0 if MAC is never slower; NaN if it is slower at every hit rate measured, or faster
+    at the lowest of them which is not 0. ``low`` takes the 10th percentile of MAC's time at every rate, ``high`` the 90th.
     """
     rows = []
     for (batch, ctx), part in table.groupby(["batch", "ctx"]):
         part = part.sort_values("hit_rate_measured")
-        gain, rate = np.log(part.speedup.to_numpy()), part.hit_rate_measured.to_numpy()
-        if gain[0] >= 0:
-            found = 0.0 if rate[0] == 0 else np.nan
-        elif (gain >= 0).any():
-            i = int(np.argmax(gain >= 0))
-            found = float(np.interp(0, gain[i - 1 : i + 1], rate[i - 1 : i + 1]))
-        else:
-            found = np.nan
-        rows.append({"batch": batch, "ctx": ctx, "rate": found})
+        found = {name: _crossing(part.hit_rate_measured.to_numpy(), part[of]) for name, of in (("rate", "speedup"), ("low", "high"), ("high", "low"))}
+        rows.append({"batch": batch, "ctx": ctx} | found)
     return pd.DataFrame(rows)
+
+
+def _crossing(rate: np.ndarray, speedup: pd.Series) -> float:
+    """Where the speed-up first reaches 1."""
+    gain = np.log(speedup.to_numpy())
+    if gain[0] >= 0:
+        return 0.0 if rate[0] == 0 else np.nan
+    if not (gain >= 0).any():
+        return np.nan
+    i = int(np.argmax(gain >= 0))
+    return float(np.interp(0, gain[i - 1 : i + 1], rate[i - 1 : i + 1]))
 
 
 def _said(table: pd.DataFrame, sources: list[Source]) -> str:
@@ -112,18 +123,34 @@ def make(records: Records, out: Path) -> list[Drawn]:
     return [style.save(figure, out, NAME, TITLE, text, PAPER, panels[0][0], "hit rate"), break_even_map(table, sources, out)]
 
 
+def _digits(rate: float) -> str:
+    """Three decimals, as many crossings lie below 0.01; an exact 0 is MAC never being slower."""
+    return "?" if np.isnan(rate) else "0" if rate == 0 else "< 0.001" if rate < 0.0005 else f"{rate:.3f}"
+
+
 def break_even_map(table: pd.DataFrame, sources: list[Source], out: Path) -> Drawn:
-    """Context x batch: the hit rate from which MAC is faster."""
-    grid = break_even(table).pivot(index="batch", columns="ctx", values="rate")
-    figure, axes = plt.subplots(figsize=(0.6 * style.WIDTH, 2.2), layout="constrained")
+    """Context x batch: the hit rate from which MAC is faster, with what the spread of its times makes of it."""
+    found = break_even(table)
+    grids = {name: found.pivot(index="batch", columns="ctx", values=name) for name in ("rate", "low", "high")}
+    grid = grids["rate"]
+    figure, axes = plt.subplots(figsize=(0.75 * style.WIDTH, 2.2), layout="constrained")
     image = axes.imshow(grid, vmin=0, vmax=1, cmap=style.MAP, aspect="auto", origin="lower")
     for (i, j), rate in np.ndenumerate(grid.to_numpy()):
-        axes.text(j, i, "?" if np.isnan(rate) else f"{rate:.2f}", ha="center", va="center", color="white" if rate < 0.5 else "black")
+        colour = "white" if rate < 0.5 else "black"
+        axes.text(j, i + 0.13, _digits(rate), ha="center", va="center", color=colour)
+        spread = f"[{_digits(grids['low'].iat[i, j])}, {_digits(grids['high'].iat[i, j])}]"
+        axes.text(j, i - 0.2, spread, ha="center", va="center", color=colour, fontsize=6)
     axes.set_xticks(range(grid.shape[1]), [style.tokens(c) for c in grid.columns])
     axes.set_yticks(range(grid.shape[0]), grid.index)
     axes.grid(False)
     axes.set_xlabel("context")
     axes.set_ylabel("batch")
     figure.colorbar(image, ax=axes, label="break-even hit rate")
-    text = f"{_said(table, sources)} MAC is faster above the rate shown; 0: never slower; ?: not between the measured rates."
+    none = table[table.hit_rate_measured == 0]
+    at_none = ""
+    if len(none):
+        ratio = 1 / none.speedup
+        at_none = f" Without a hit MAC is slower in {(ratio > 1).sum()} of {len(none)} cells: {ratio.min():.3f} to {ratio.max():.3f} times as long."
+    text = f"{_said(table, sources)} MAC is faster above the rate shown, interpolated between measured ones (in brackets: of the 10th and the 90th "
+    text += f"percentile of its times).{at_none} 0: not slower at any rate; ?: not between the measured rates."
     return style.save(figure, out, "break_even", "Hit rate at which MAC breaks even with full attention", text, "")

@@ -76,21 +76,25 @@ def _said(run: Path, *more: str) -> str:
 def latencies(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """Quantiles of the latency of a step in ms, by run and method, of texts of more than _LONG tokens, or of all where none is so long.
 
+    ``n``: steps. Requests of a batch share a step and its very latency, which then counts once; ``batch``: the most that did, of ``texts``.
     A GPU's runs where there are any. Variants of a grid or budget are left out. Runs of short answers are often made by processes that share a
     card, and then their times say nothing of a method.
     """
     found, rows, used = [], [], []
     for run in records.runs:
         try:
-            found.append((records.source(run), records.table(run, "steps", ["method", "variant", "step", "latency_ms"])))
+            found.append((records.source(run), records.table(run, "steps", [*KEY, "step", "latency_ms"])))
         except Missing as lack:
             records.damaged.add(str(lack))
     found = [pair for pair in found if "NVIDIA" in pair[0].device] or found
     found = [pair for pair in found if pair[1].step.max() >= _LONG] or found
     for source, steps in found:
         for method, part in steps[steps.variant == ""].groupby("method"):
-            quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(part.latency_ms, [5, 50, 95, 99]), strict=True))
-            rows.append({"run": _said(source.path, source.machine, source.apart), "method": method, "n": len(part), **quantiles})
+            shared = part.groupby(["step", "latency_ms"]).size()
+            latency_ms = shared.index.get_level_values("latency_ms")
+            quantiles = dict(zip(("low", "middle", "high", "tail"), np.percentile(latency_ms, [5, 50, 95, 99]), strict=True))
+            counts = {"n": len(shared), "batch": shared.max(), "texts": part.groupby(["subtask", "example_id"]).ngroups}
+            rows.append({"run": _said(source.path, source.machine, source.apart), "method": method, **counts, **quantiles})
             used.append(source)
     if not rows:
         raise Missing("no run has step rows")
@@ -102,8 +106,9 @@ def latency(records: Records, out: Path) -> Drawn:
     found, sources = latencies(records)
     rows = found.to_dict("records")
     figure, axes = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.17 * len(rows)), layout="constrained")
+    looks = style.methods(found.method)
     for i, row in enumerate(rows):
-        colour = style.BLACK if row["method"] == "full" else style.COLOURS[0]
+        colour = looks[row["method"]]["color"]
         axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="butt", label="" if i else "5% to 95%")
         axes.plot(row["middle"], i, marker="o", linestyle="none", color=colour, label="" if i else "median")
         axes.plot(row["tail"], i, marker="|", linestyle="none", color=colour, markersize=7, label="" if i else "99%")
@@ -111,6 +116,7 @@ def latency(records: Records, out: Path) -> Drawn:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms per decode step of a batch")
-    what = f"Until the tokens are on the host; examples of a batch share a step. Runs with texts of over {_LONG:,} tokens, where there are such: "
-    what += "those of short answers often share a card. Without budgets and grids"
+    counted = "; ".join((found.texts.astype(str) + " texts in batches of " + found.batch.astype(str)).unique())
+    what = f"Until the tokens are on the host; a step of a batch counts once ({counted}). Runs with texts of over {_LONG:,} tokens, where there "
+    what += "are such: those of short answers often share a card. Without budgets and grids"
     return style.save(figure, out, "token_latency", "Latency of single tokens", style.made(sources, what), "", axes)

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.lines import Line2D
 from analysis.records import Source
 from macbench import stats
 from macbench.cli import LONG_MODEL
+from macbench.summary import REFERENCE
 
 # Okabe and Ito's palette without its yellow. Lines also differ in marker and dashes, for print without colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -71,6 +73,25 @@ class Drawn:
 def look(i: int) -> dict:
     """Colour, marker and dashes of the i-th line."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+
+
+# Every method looks the same in all figures, whatever else is in them: full attention black and hollow, MAC alone a filled circle in its colour.
+# What shares a colour differs in marker and dashes (quantised caches show their bits): index of COLOURS, marker, index of DASHES.
+_METHODS = {
+    "mac": (1, "o", 0), "quest": (5, "s", 0), "rocketkv": (0, "D", 0), "multipole": (3, "^", 0), "snapkv": (2, "v", 0), "streaming_llm": (4, "P", 2),
+    "oracle_topk": (5, "*", 1), "oracle_topk_ideal": (0, "p", 1), "h2o": (3, "<", 1), "pyramidkv": (2, ">", 1), "tova": (4, "X", 1),
+    "tidaldecode": (5, "d", 2), "int8": (0, "$8$", 2), "kivi": (2, "$4$", 2), "kivi_2bit": (3, "$2$", 2),
+}  # fmt: skip
+_OTHERS = [(colour, marker, 3) for colour, marker in zip((4, 0, 2, 3, 5), ("$a$", "$b$", "$c$", "$d$", "$e$"), strict=True)]
+
+
+def methods(names: Iterable[str]) -> dict[str, dict]:
+    """Colour, marker and dashes by method name. Those unknown here take what is left, in the order of their names."""
+    names = set(names)
+    known = {name: _METHODS[name] for name in names & set(_METHODS)}
+    known |= zip(sorted(names - set(_METHODS) - {REFERENCE}), cycle(_OTHERS), strict=False)
+    found = {name: {"color": COLOURS[colour], "marker": marker, "linestyle": DASHES[dash]} for name, (colour, marker, dash) in known.items()}
+    return found | {REFERENCE: {"color": BLACK, "marker": "o", "markerfacecolor": "white", "linestyle": "-"}}
 
 
 def shades(n: int) -> list[tuple[dict, ...]]:

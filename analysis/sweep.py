@@ -80,7 +80,9 @@ def picture(records: Records, run: Path, table: pd.DataFrame, out: Path) -> Draw
     spread = "One example per subtask gives no interval." if np.isnan(half) else spread
     task, model, ctx = run.parts[-4:-1]
     full = records.headline(run).query("method == 'full'").score
-    what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples per variant"
-    what += f"; full attention scores {full.iloc[0]:.3f}" if len(full) else ""
+    frame = records.samples(run)
+    what = f"{model}, {task}, ctx {style.tokens(int(ctx))}: {first.examples:.0f} examples of {', '.join(dict.fromkeys(frame.subtask))} per variant, "
+    what += f"{int(frame.decode_steps.sum()):,} decode steps of all {len(table)} variants and full attention"
+    what += f", which scores {full.iloc[0]:.3f}" if len(full) else ""
     text = f"{style.made([records.source(run)], what)} {spread}"
     return style.save(figure, out, f"{NAME}-{task}-{model}-{ctx}-{run.name}", TITLE, text, "")

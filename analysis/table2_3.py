@@ -7,7 +7,7 @@ import pandas as pd
 from analysis import style, table
 from analysis.fig1 import named, untold
 from analysis.load import BUDGET
-from analysis.records import Missing, Records, Source
+from analysis.records import Missing, Records, Source, read
 from analysis.style import Drawn
 from analysis.table1 import differing, scored
 from macbench.summary import REFERENCE
@@ -52,6 +52,17 @@ def timed(records: Records, rows: pd.DataFrame, run: Path) -> tuple[pd.DataFrame
     return rows.assign(over_full=rows.ms / full.iloc[0] if len(full) else float("nan")), sources
 
 
+def _alone(timings: list[Source], ctx: int) -> str:
+    """Which requests the times of steps are of: the median over those of one task, which no table's scores are of."""
+    try:
+        frame = pd.concat([read(source.path, ["ctx", "batch", "subtask"]) for source in timings])
+    except Missing as lack:
+        return f"median over requests of RULER, of which is not known ({lack}), from short runs"
+    frame = frame[frame.ctx == ctx]
+    subtasks, batches = (", ".join(map(str, sorted(frame[column].unique()))) for column in ("subtask", "batch"))
+    return f"median over requests of RULER's {subtasks} at {style.tokens(ctx)}, batch {batches} (step_times.parquet), from short runs"
+
+
 def make(records: Records, out: Path) -> list[Drawn]:
     found, run = numbers(records)
     found, timings = timed(records, found, run)
@@ -78,5 +89,5 @@ def make(records: Records, out: Path) -> list[Drawn]:
     text = untold(found, {"chance": 0.25} if chance else {})
     what = f"{place}{run.parent.parent.name}, {first.task}, ctx {style.tokens(first.ctx)}{chance}; "
     what += "ms per decode step of a batch, this engine, no serving system, "
-    what += "from runs of RULER of the same length that had the card to themselves" if timings else "as other work on the machine let it"
+    what += f"{_alone(timings, int(first.ctx))} that had the card to themselves" if timings else "as other work on the machine let it"
     return [table.save(pd.DataFrame(rows), out, NAME, TITLE, style.made([source, *timings], what) + text, PAPER)]

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
-from analysis import fig1
+from analysis import fig1, style
 from analysis.records import Missing, Source
+from macbench.cli import CONF
 from macbench.summary import headline, summarise
 from tests.test_summary import row
 
@@ -41,3 +44,21 @@ def test_equal_ratios_stand_side_by_side():
     assert drawn[0] < drawn[2] < drawn[4]  # in the order of the rows
     assert drawn[1] == pytest.approx(1) and drawn[3] == pytest.approx(0.2)
     assert drawn[2] == pytest.approx(0.1, rel=2e-3)
+
+
+def test_a_method_looks_the_same_in_whatever_company():
+    known = [path.stem for path in (CONF / "method").glob("*.yaml")]
+    everyone = style.methods(known)
+    for some in (["full", "mac", "quest"], ["quest", "snapkv", "mine"], known[::3]):
+        found = style.methods(some)
+        assert all(found[name] == everyone[name] for name in set(some) & set(known))
+    shown = [(look["marker"], look["color"], str(look["linestyle"])) for look in everyone.values()]
+    assert len(set(shown)) == len(known) == len({look["marker"] for look in everyone.values()} - {"o"}) + 2  # full and mac: hollow and filled
+    others = style.methods([*known, "mine", "yours"])
+    taken = {look["marker"] for name, look in everyone.items()}
+    assert others["mine"]["marker"] != others["yours"]["marker"] and not {others["mine"]["marker"], others["yours"]["marker"]} & taken
+
+    def grey(name):
+        return np.dot(to_rgb(everyone[name]["color"]), (0.299, 0.587, 0.114))
+
+    assert abs(grey("mac") - grey("quest")) > 0.12 and everyone["mac"]["marker"] != everyone["quest"]["marker"]

@@ -22,11 +22,6 @@ from tests.test_summary import row
 REFERENCE = CONF.parent / "runs" / "reference"
 
 
-@pytest.fixture(scope="module")
-def records() -> Records:
-    return Records(REFERENCE)
-
-
 def rows(path: Path) -> list[dict]:
     """A file, or the parts of a table."""
     return [r for part in ([path] if path.is_file() else sorted(path.glob("part-*.parquet"))) for r in pq.read_table(part).to_pylist()]
@@ -96,7 +91,7 @@ def test_table6_weighs_groups_by_their_steps(records):
 
 def test_fig6_divides_flashinfer_by_mac(records):
     numbers, (source,) = fig6.numbers(records)
-    assert numbers.peer.str.contains("FlashInfer's").all()
+    assert numbers.peer.str.contains("FlashInfer's flashinfer_tc, its one kernel").all()
     mine = [r for r in rows(source.path) if (r["q_heads"], r["kv_heads"], r["error"]) == (32, 8, None)]
     for found in numbers.iloc[:: max(1, len(numbers) // 7)].itertuples():
         cell = [r for r in mine if (r["batch"], r["ctx"]) == (found.batch, found.ctx)]
@@ -122,17 +117,38 @@ def test_without_flashinfer_our_own_full_attention_is_the_peer(timed, monkeypatc
         assert found.speedup == approx(full / found.time_ms) and "our own" in found.peer
 
 
-def test_break_even_lies_between_a_slower_and_a_faster_rate(records):
-    numbers, _ = fig6.numbers(records)
-    for found in fig6.break_even(numbers).itertuples():
-        cell = numbers[(numbers.batch == found.batch) & (numbers.ctx == found.ctx)].sort_values("hit_rate_measured")
-        slower, faster = cell[cell.speedup < 1], cell[cell.speedup >= 1]
-        if found.rate == 0:
-            assert cell.speedup.iloc[0] >= 1
-            continue
-        a, b = slower.iloc[-1], faster.iloc[0]
-        share = (found.rate - a.hit_rate_measured) / (b.hit_rate_measured - a.hit_rate_measured)
-        assert 0 <= share <= 1 and a.speedup ** (1 - share) * b.speedup**share == approx(1)
+def test_break_even_is_where_times_are_equal(records, tmp_path):
+    """By the rows of the file: MAC's time over FlashInfer's, and where the line through the logarithms of two neighbours crosses 0."""
+    numbers, (source,) = fig6.numbers(records)
+    frame = pd.read_parquet(source.path).query("q_heads == 32 and kv_heads == 8")
+    mac = frame[(frame.method == "mac") & frame.misses.isin(["clustered", "none"])]
+    full = frame[frame.backend == "flashinfer_tc"].set_index(["batch", "ctx"]).time_ms
+    found, slower = fig6.break_even(numbers).set_index(["batch", "ctx"]), []
+    assert len(found) == 12
+    for cell, part in mac.groupby(["batch", "ctx"]):
+        part = part.sort_values("hit_rate_measured")
+        slower.append(part.time_ms.iloc[0] / full[cell])
+        for name, column in (("rate", "time_ms"), ("low", "time_p10_ms"), ("high", "time_p90_ms")):
+            ratio, rate = np.log(part[column].to_numpy() / full[cell]), part.hit_rate_measured.to_numpy()
+            i = int(np.flatnonzero(ratio <= 0)[0])
+            assert rate[0] == 0 and ratio[i - 1] > 0 and ratio[:i].min() > 0
+            slope = (ratio[i] - ratio[i - 1]) / (rate[i] - rate[i - 1])
+            assert found.loc[cell, name] == approx(rate[i - 1] - ratio[i - 1] / slope)
+    assert min(slower) > 1 and (found.rate > 0).all() and (found.low <= found.rate).all() and (found.rate <= found.high).all()
+    caption = fig6.break_even_map(numbers, [source], tmp_path).caption
+    assert f"slower in 12 of 12 cells: {min(slower):.3f} to {max(slower):.3f} times" in caption
+
+
+def test_no_crossing_is_shown_as_zero_unless_mac_is_never_slower(records, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("analysis.style.save", lambda figure, *_: figures.append(figure))
+    numbers, sources = fig6.numbers(records)
+    fig6.break_even_map(numbers, sources, tmp_path)
+    faster = numbers.assign(**{name: numbers[name] + (numbers.batch == 8) for name in ("speedup", "low", "high")})
+    fig6.break_even_map(faster, sources, tmp_path)
+    before, after = ([text.get_text() for text in figure.axes[0].texts] for figure in figures)
+    assert len(before) == len(after) == 24 and not {"0", "0.00", "0.000"} & set(before) and after.count("0") == 4 and "0.004" in before
+    fig6.plt.close("all")
 
 
 def test_fig7_parts_add_up(records):
@@ -222,19 +238,6 @@ def test_fig8_and_table5_are_microseconds_of_the_rows(timed, tmp_path):
         assert "commit 01234567" in drawn.caption and all(file.stat().st_size > 300 for file in drawn.files)
 
 
-def test_table1_pairs_examples(records):
-    numbers, _, lacks = table1.compared(records)
-    assert not lacks
-    found = numbers[(numbers.task == "longbench_v2") & (numbers.ctx == 8192)].iloc[0]
-    (run,) = [r for r in records.runs if r.parts[-4] == "longbench_v2" and "mac" in set(records.samples(r).method)][:1]
-    mine = rows(run / "samples")
-    score = {m: np.mean([r["score"] for r in mine if r["method"] == m and not r["variant"]]) for m in ("full", "mac")}
-    mac = [r for r in mine if r["method"] == "mac"]
-    assert (found.full, found.mac, found.difference) == approx((score["full"], score["mac"], score["mac"] - score["full"]))
-    assert found.rho_log == approx(sum(r["tokens_log"] for r in mac) / sum(r["tokens_log_full"] for r in mac))
-    assert found.hit_rate == approx(sum(r["hit_rate"] * r["decode_steps"] for r in mac) / sum(r["decode_steps"] for r in mac))
-
-
 def test_table2_3_divides_by_full_attentions_time():
     """Times of the run itself, as no others are below this folder."""
     records = Records(REFERENCE / "h100" / "longbench_v2")
@@ -254,12 +257,19 @@ def test_table2_3_divides_by_full_attentions_time():
 def test_table2_3_takes_steps_that_had_the_card_to_themselves(tmp_path):
     made = [("full", "", 8192, 2.0), ("full", "", 8192, 3.0), ("full", "", 8192, 9.0), ("full", "", 4096, 1.0), ("rocketkv", "0.1", 8192, 6.0)]
     steps = pd.DataFrame(made, columns=["method", "budget", "ctx", "ms"])
-    steps.assign(device="NVIDIA H100 80GB HBM3").to_parquet(tmp_path / "step_times.parquet")
+    steps.assign(device="NVIDIA H100 80GB HBM3", batch=7, subtask="vt").to_parquet(tmp_path / "step_times.parquet")
     records = Records(REFERENCE / "h100" / "longbench_v2", tmp_path)
     (drawn,) = table2_3.make(records, tmp_path)
     found = {(r.method, r.variant.split(":")[0]): (r[-3], r[-2]) for r in drawn.frame.itertuples()}
     assert found["full", "–"] == ("3.00", "1.00") and found["rocketkv", "at 0.1"] == ("6.00", "2.00")
-    assert found["mac", "–"] == found["rocketkv", "at 0.25"] == ("–", "–") and "had the card to themselves" in drawn.caption
+    assert found["mac", "–"] == found["rocketkv", "at 0.25"] == ("–", "–") and "RULER's vt at 8K, batch 7" in drawn.caption
+
+
+def test_times_of_unknown_requests_are_called_so(tmp_path):
+    steps = pd.DataFrame([("full", "", 8192, 2.0, "NVIDIA H100 80GB HBM3")], columns=["method", "budget", "ctx", "ms", "device"])
+    steps.to_parquet(tmp_path / "step_times.parquet")
+    (drawn,) = table2_3.make(Records(REFERENCE / "h100" / "longbench_v2", tmp_path), tmp_path)
+    assert "has no column batch, subtask" in drawn.caption and drawn.frame["ms/step"][0] == "2.00"
 
 
 def test_a_mean_over_fewer_subtasks_is_called_so(records):
@@ -286,13 +296,19 @@ def test_drift_is_by_windows_of_steps(records):
     assert found.hit_rate == approx(np.mean([r["hit_rate"] for r in mine]))
 
 
-def test_latency_of_single_tokens(records):
+def test_latency_of_single_tokens(records, tmp_path):
     numbers, sources = long_texts.latencies(records)
     assert {s.path.parts[-4] for s in sources} == {"longgenbench_16k"}  # answers are shorter
     run = sources[0].path
-    mine = [r["latency_ms"] for r in rows(run / "steps") if (r["method"], r["variant"]) == ("full", "")]
+    mine = [r for r in rows(run / "steps") if (r["method"], r["variant"]) == ("full", "")]
+    batches = {r["step"]: {x["latency_ms"] for x in mine if x["step"] == r["step"]} for r in mine[::400]}
+    assert all(len(times) == 1 for times in batches.values())  # its four texts are one batch
+    steps = [r["latency_ms"] for r in mine if r["subtask"] == mine[0]["subtask"]]
     (found,) = numbers[numbers.run.str.contains(run.name[-8:]) & (numbers.method == "full")].itertuples()
-    assert found.n == len(mine) and (found.middle, found.tail) == approx((np.median(mine), np.percentile(mine, 99)))
+    assert (found.n, found.texts, found.batch) == (len(steps), 4, 4) and 4 * len(steps) == len(mine)
+    assert (found.low, found.middle, found.high, found.tail) == approx(tuple(np.percentile(steps, [5, 50, 95, 99])))
+    caption = long_texts.latency(records, tmp_path).caption
+    assert "4 texts in batches of 4" in caption and "a step of a batch counts once" in caption
 
 
 def test_the_stars_of_a_sweep_are_intervals_that_leave_out_0(records):
@@ -352,5 +368,8 @@ def test_sweep_reads_its_knobs_from_the_variants(tmp_path):
     # Of three examples two are drawn: differences of -0.5 + 0.1 j once in nine times, of -0.25 + 0.1 j four times in nine.
     assert sorted(numbers.apart) == [False, True, True, True] and not numbers.set_index(["tau", "window"]).apart[0.6, 512]
     (drawn,) = sweep.make(Records(tmp_path), tmp_path)
-    assert "3 examples per variant; full attention scores 0.500" in drawn.caption and "up to ±0.125" in drawn.caption
+    assert (
+        "3 examples of vt per variant, 150 decode steps of all 4 variants and full attention, which scores 0.500" in drawn.caption
+        and "up to ±0.125" in drawn.caption
+    )
     assert drawn.files[0].stat().st_size > 1000

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
-from macbench.models import gguf_header, lora
+from macbench.models import gguf_header, lora, smollm2
 from macbench.models.trust import check_folder
 from macbench.models.weights import load, load_chat
 from macbench.redact import by_name, redact
@@ -246,6 +246,30 @@ def test_every_number_of_the_header_counts(gguf, tmp_path, at):
     (tmp_path / "model.gguf").write_bytes(content)
     with within(), pytest.raises(ConfigError, match=r"model\.gguf"):
         gguf_header.check(tmp_path / "model.gguf")
+
+
+def test_items_of_all_arrays_count(tmp_path):
+    """24 arrays of half a million empty texts each, in a file that is a hole; the real vocabulary passes."""
+    path, strings = tmp_path / "model.gguf", struct.pack("<IIQ", 9, 8, 1 << 19)
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 24))
+        for _ in range(24):
+            file.write(struct.pack("<Q", 1) + b"k" + strings)
+            file.seek(8 << 19, os.SEEK_CUR)
+        file.truncate()
+    with within(), pytest.raises(ConfigError, match="items in arrays, at most"):
+        gguf_header.check(path)
+    gguf_header.check(smollm2._wheel_gguf())
+    with path.open("r+b") as file:
+        file.truncate(8 << 40)
+    with within(), pytest.raises(ConfigError, match="bytes, at most"):
+        smollm2.converted(str(path))
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "0" * 63])
+def test_a_hash_that_is_none(value):
+    with pytest.raises(ConfigError, match=r"model\.gguf_sha256=.*must be 64 hexadecimal digits"):
+        smollm2.converted(None, value)
 
 
 def test_a_gguf_that_transformers_cannot_read_is_one_line(gguf, macbench, tmp_path, monkeypatch):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import sys
@@ -17,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
+from macbench.judging.cache import Answers
 from macbench.models import gguf_header, lora, smollm2
 from macbench.models.trust import check_folder
 from macbench.models.weights import load, load_chat
+from macbench.probe import text as background
 from macbench.redact import by_name, redact
 from macbench.regenerate import regenerate
 from macbench.tasks.longbench_v2 import data as longbench
@@ -305,6 +308,27 @@ def test_data_cannot_leave_its_folder(tmp_path):
         (tmp_path / "folder" / name).symlink_to(tmp_path / name)
         with pytest.raises(ConfigError, match="outside of its folder"):
             read(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("dev-v2.0.json", lambda path: Data(str(path.parent)).squad),
+        ("Dataset_short.json", lambda path: longgenbench.load("16k", str(path))),
+        ("verdicts.jsonl", Answers),
+        ("text.txt", lambda path: background.read([str(path)], None, False)),
+        ("adapter.safetensors", lambda path: lora.find(OmegaConf.create({"adapter": str(path), "adapter_sha256": "0" * 64}))),
+        ("vocab.txt", lambda path: check_folder(str(path.parent))),
+    ],
+)
+def test_a_file_that_is_a_hole_of_terabytes(tmp_path, name, read):
+    """Its size is looked at before anything is read or hashed."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(8 << 40)
+    with within(), pytest.raises(ConfigError) as caught:
+        read(tmp_path / name)
+    said = str(caught.value)
+    assert str(tmp_path / name) in said and re.search(rf"has {8 << 40} bytes, at most \d+ are read", said)
 
 
 def test_a_snapshot_of_the_hubs_cache_is_inside(tmp_path):

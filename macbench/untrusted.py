@@ -1,4 +1,4 @@
-"""Files out of somebody else's run folder, read without being run: bounded, nothing but files; configurations without aliases or references."""
+"""Files that somebody else may have written, read without being run: bounded, nothing but files; configurations without aliases or references."""
 
 import json
 import os
@@ -13,18 +13,32 @@ from macbench.errors import ConfigError, one_line
 
 _MOST = 1 << 16  # bytes; a resolved configuration has four thousand
 _MOST_JSON = 16 << 20  # bytes; the summary of a large grid has 300,000
+_MOST_DATA = 128 << 20  # bytes; HotpotQA's questions have 46 million
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def bounded(path: Path, most: int = _MOST_JSON) -> str:
     """The text of a file. ValueError: it is longer than ``most`` bytes, or a link to a device, which has no end, or to a pipe, which waits."""
+    return _read(path, most).decode()
+
+
+def content(key: str, path: Path, most: int = _MOST_DATA) -> bytes:
+    """All bytes of a data file; a ConfigError for ``key`` if it cannot be read, or has more than ``most``."""
+    try:
+        return _read(path, most)
+    except (OSError, ValueError) as error:
+        raise ConfigError(key, path, f"cannot be read: {one_line(error)}") from None
+
+
+def _read(path: Path, most: int) -> bytes:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path.name} is no file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path.name} has more than {most} bytes")
-    return content.decode()
+        read = file.read(most + 1) if found.st_size <= most else None
+    if read is None or len(read) > most:
+        raise ValueError(f"{path.name} has {found.st_size} bytes, at most {most} are read")
+    return read
 
 
 def document(path: Path) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
 from macbench import cli
@@ -178,24 +179,18 @@ def test_values_without_an_end(macbench, tmp_path, value):  # noqa: F811
         assert code == 2 and err.count("\n") == 1 and err.startswith("macbench: ")
 
 
-KEYS = [
-    *("ctx", "batch", "limit", "shard", "retry", "compare", "follow", "grid", "grid.tau", "budget", "seed", "device", "backend", "runs_dir"),
-    *(
-        "engine",
-        "engine.page_size",
-        "engine.prefill_chunk",
-        "engine.graph",
-        "engine.batch_invariant",
-        "method",
-        "method.tau",
-        "method.window",
-        "method.name",
-        "task",
-    ),
-    *("task.subtasks", "task.data_path", "task.name", "model", "model.path", "model.dtype", "model.template", "model.gguf", "model.revision"),
-    *("task.window", "task.heads", "task.hit_rate", "task.steps", "task.modes", "task.taus", "task.sources", "model.adapter", "hydra.verbose"),
-    *("judge", "judge.share", "logger", "logger.mode", "hydra", "hydra.run.dir", "no_such", "method._target_", "task._target_"),
-]
+def _keys() -> list[str]:
+    """Every knob of conf/, groups and nodes among them, and what is none."""
+    found = {"hydra.verbose", "hydra.run.dir", "no_such", "grid.tau", "task.sources.ruler"}
+    for path in sorted(cli.CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(cli.CONF).as_posix().strip(".")
+        if group != "experiment":
+            node = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            found |= {f"{group}.{key}".strip(".") for key in node} | {group} | {f"{k}.{sub}" for k in node if k == "engine" for sub in node[k]}
+    return sorted(found - {"", "defaults"})
+
+
+KEYS = _keys()
 VALUES = st.one_of(
     st.sampled_from(["null", "true", "-1", "0", "1", "1e99", "nan", "inf", "[]", "{}", "[1,2]", "{a:1}", "''", "full", "mac", "ruler", "4k"]),
     st.sampled_from(["${ctx}", "${nothing}", "${oc.env:HOME}", "../..", "/dev/null", "os.getcwd", "1/4", "failed", "0.1", "999999999999999999999"]),
@@ -215,6 +210,8 @@ def test_random_configurations(macbench, tiny_args, monkeypatch, tmp_path):  # n
     monkeypatch.chdir(tmp_path)
 
     @given(st.lists(st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
+    @example([("", "model.path", "null"), ("", "model.gguf_sha256", "null")])
+    @example([("", "model.path", "null"), ("", "model.gguf", "[1,2]")])
     @example([("", "hydra.verbose", "[{a:1}]")])
     @example([("++", "hydra.job.chdir", "${oc.env:HOME}")])
     @settings(QUICK, max_examples=50)

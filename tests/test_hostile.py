@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import sys
@@ -17,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 from macbench import asked, cli, environment, merge, report, verify
 from macbench import run as run_module
 from macbench.errors import ConfigError
-from macbench.models import gguf_header, lora
+from macbench.judging.cache import Answers
+from macbench.models import gguf_header, lora, smollm2
 from macbench.models.trust import check_folder
 from macbench.models.weights import load, load_chat
+from macbench.probe import text as background
 from macbench.redact import by_name, redact
 from macbench.regenerate import regenerate
 from macbench.tasks.longbench_v2 import data as longbench
@@ -248,6 +251,30 @@ def test_every_number_of_the_header_counts(gguf, tmp_path, at):
         gguf_header.check(tmp_path / "model.gguf")
 
 
+def test_items_of_all_arrays_count(tmp_path):
+    """24 arrays of half a million empty texts each, in a file that is a hole; the real vocabulary passes."""
+    path, strings = tmp_path / "model.gguf", struct.pack("<IIQ", 9, 8, 1 << 19)
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 24))
+        for _ in range(24):
+            file.write(struct.pack("<Q", 1) + b"k" + strings)
+            file.seek(8 << 19, os.SEEK_CUR)
+        file.truncate()
+    with within(), pytest.raises(ConfigError, match="items in arrays, at most"):
+        gguf_header.check(path)
+    gguf_header.check(smollm2._wheel_gguf())
+    with path.open("r+b") as file:
+        file.truncate(8 << 40)
+    with within(), pytest.raises(ConfigError, match="bytes, at most"):
+        smollm2.converted(str(path))
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "0" * 63])
+def test_a_hash_that_is_none(value):
+    with pytest.raises(ConfigError, match=r"model\.gguf_sha256=.*must be 64 hexadecimal digits"):
+        smollm2.converted(None, value)
+
+
 def test_a_gguf_that_transformers_cannot_read_is_one_line(gguf, macbench, tmp_path, monkeypatch):  # noqa: F811
     import hashlib
 
@@ -281,6 +308,27 @@ def test_data_cannot_leave_its_folder(tmp_path):
         (tmp_path / "folder" / name).symlink_to(tmp_path / name)
         with pytest.raises(ConfigError, match="outside of its folder"):
             read(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("dev-v2.0.json", lambda path: Data(str(path.parent)).squad),
+        ("Dataset_short.json", lambda path: longgenbench.load("16k", str(path))),
+        ("verdicts.jsonl", Answers),
+        ("text.txt", lambda path: background.read([str(path)], None, False)),
+        ("adapter.safetensors", lambda path: lora.find(OmegaConf.create({"adapter": str(path), "adapter_sha256": "0" * 64}))),
+        ("vocab.txt", lambda path: check_folder(str(path.parent))),
+    ],
+)
+def test_a_file_that_is_a_hole_of_terabytes(tmp_path, name, read):
+    """Its size is looked at before anything is read or hashed."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(8 << 40)
+    with within(), pytest.raises(ConfigError) as caught:
+        read(tmp_path / name)
+    said = str(caught.value)
+    assert str(tmp_path / name) in said and re.search(rf"has {8 << 40} bytes, at most \d+ are read", said)
 
 
 def test_a_snapshot_of_the_hubs_cache_is_inside(tmp_path):

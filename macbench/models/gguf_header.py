@@ -16,8 +16,8 @@ from macbench.errors import ConfigError
 _VERSIONS = (2, 3)
 _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by its type
 _STRING, _ARRAY = 8, 9
-# More than any published model has, less than takes a second.
-_MOST_ENTRIES, _MOST_ITEMS, _MOST_DIMENSIONS = 1 << 16, 1 << 21, 4
+# Less than takes a second or two. Items: of all arrays together; a vocabulary of 49,152 has 200,000, with its merges, scores and types.
+_MOST_ENTRIES, _MOST_ITEMS, _MOST_DIMENSIONS = 1 << 16, 1 << 20, 4
 _SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}  # (elements, bytes) of a block by type
 
 
@@ -27,7 +27,7 @@ class _Bad(Exception):
 
 class _Reader:
     def __init__(self, data):
-        self.data, self.at = data, 0
+        self.data, self.at, self.items = data, 0, 0
 
     def skip(self, size: int) -> int:
         """Where the next ``size`` bytes begin; the reader goes past them."""
@@ -51,7 +51,10 @@ class _Reader:
         elif kind == _STRING:
             self.skip(self.number("Q"))
         elif kind == _ARRAY:
-            inner, items = self.number("I"), self.count("items in an array", _MOST_ITEMS)
+            inner, items = self.number("I"), self.number("Q")
+            self.items += items
+            if self.items > _MOST_ITEMS:
+                raise _Bad(f"has {self.items} items in arrays, at most {_MOST_ITEMS} are read")
             if inner in _FIXED:
                 self.skip(items * _FIXED[inner])
             elif inner == _STRING:

@@ -17,6 +17,7 @@ import torch
 from macbench.errors import ConfigError
 
 FORMAT = "macbench-lora-int8-1"
+_MOST = 1 << 30  # bytes of a file, which is hashed before it is opened; ours has 10 million
 MOST_POSITIONS = 1 << 26
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -98,11 +99,13 @@ def find(spec) -> Path | None:
     """The checked adapter of a ``conf/model`` node, or None if it has none. A bare name is a file that ships with the package."""
     if not spec.get("adapter"):
         return None
-    path = Path(spec.adapter)
+    path = Path(str(spec.adapter))
     if not path.is_file() and path.name == str(path):
         path = packaged(path.name)
     if not path.is_file():
         raise ConfigError("model.adapter", spec.adapter, "no such file")
+    if path.stat().st_size > _MOST:
+        raise ConfigError("model.adapter", path, f"has {path.stat().st_size} bytes, at most {_MOST} are read")
     wanted = spec.get("adapter_sha256")
     if wanted and (found := sha256(path)) != wanted:
         raise ConfigError("model.adapter", path, f"sha256 is {found}, must be {wanted}; the file is damaged or another version")

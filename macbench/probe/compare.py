@@ -6,7 +6,6 @@ Each is a run folder, or one with runs below it. A difference is ``within`` if i
 larger than one example; of many comparisons one in twenty lies outside by chance. It also tells a probe from its base model.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from macbench import stats
 from macbench.errors import ConfigError, one_line
 from macbench.records import find_runs, read_table
 from macbench.summary import REFERENCE
+from macbench.untrusted import document
 
 _EXAMPLE = ["task", "ctx", "subtask", "example_id"]
 
@@ -37,8 +37,8 @@ def scores(root: Path) -> pd.Series:
 def _adapter(run: Path) -> str:
     """A short name of what a run's model is besides its base weights."""
     try:
-        return str(json.loads((run / "environment.json").read_text()).get("model_sha256"))[:8]
-    except (OSError, ValueError, AttributeError) as error:
+        return str(document(run / "environment.json").get("model_sha256"))[:8]
+    except (OSError, ValueError) as error:
         raise ConfigError("RUN", run, f"its environment.json cannot be read ({one_line(error)})") from error
 
 

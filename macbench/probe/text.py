@@ -14,6 +14,7 @@ from macbench.errors import ConfigError
 from macbench.models.chat import Chat
 from macbench.tasks.ruler.haystack import sentence_ends
 from macbench.tasks.ruler.words import read_words
+from macbench.untrusted import content
 
 HELD_OUT = 0.1  # the last part of every file, for evaluation alone
 _VERSE = re.compile(r"^[A-Za-z0-9]+:\d+ ", re.MULTILINE)  # numbers of verses, as bible-kjv prints them
@@ -48,10 +49,10 @@ def read(paths: list[str], chat: Chat, held_out: bool) -> Background:
     """Read UTF-8 text files. ``held_out``: the part for evaluation, else the part for training."""
     sentences, hashes = [], {}
     for path in map(Path, paths):
+        raw = content("--text", path)
         try:
-            raw = path.read_bytes()
             text = raw.decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError("--text", path, f"cannot be read as UTF-8 text ({error})") from None
         hashes[path.name] = hashlib.sha256(raw).hexdigest()
         words = _VERSE.sub("", text).split()

@@ -10,6 +10,7 @@ import pytest
 from macbench.errors import ConfigError
 from macbench.tasks.longbench_v2 import LongBenchV2, data, protocol
 from tests.tasks import longbench_v2_data as made
+from tests.within import within
 
 
 def message(function, *arguments, **keywords) -> str:
@@ -64,6 +65,41 @@ def test_wrong_data_is_one_line(tmp_path, name):
     path = made.write(tmp_path / "data.json", content)
     text = message(data.load, str(path))
     assert text.startswith("task.data_path=") and "data.json" in text and said in text
+
+
+HOLES = {
+    "after a bracket": (b"[{", b"", "has a zero byte in item 0, at byte 2"),
+    "in a text": (b'[{"_id": "', b'"}]', "has no end of item 0 within"),
+    "between items": (b"[", b"]", "has something else than an item at byte 1"),
+    "after the list": (b"[{}]", b"", "item 0 has no text"),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_files_with_holes(tmp_path, name):
+    """Gigabytes that are on no disk."""
+    before, after, said = HOLES[name]
+    with (tmp_path / "data.json").open("wb") as file:
+        file.write(before)
+        file.seek(16 << 30)
+        file.write(after or b"\0")
+    with within():
+        assert said in message(data.load, str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ['"' * 5_000_000, "\\" * 5_000_000, " " * 5_000_000, "\\" * 33 + '"' + "\\" * 32])
+def test_texts_of_quotes_and_backslashes(tmp_path, text):
+    whole = [made.item(0, context="a" + text), made.item(1)]
+    path = made.write(tmp_path / "data.json", "\n\t " * 1_000_000 + json.dumps(whole))
+    with within():
+        found = data.load(str(path))
+        assert [found.item(i) for i in range(2)] == whole
+
+
+def test_items_of_brackets(tmp_path):
+    path = made.write(tmp_path / "data.json", '[{"a": [' + "[]," * 2_000_000)
+    with within():
+        assert "texts and brackets in item 0" in message(data.load, str(path))
 
 
 def test_no_such_folder(tmp_path):

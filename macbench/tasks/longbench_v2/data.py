@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,9 @@ FIELDS = (
     *("answer", "context"),
 )
 _ALLOWED = {"answer": tuple(protocol.LETTERS), "difficulty": protocol.DIFFICULTIES, "length": protocol.LENGTHS}
+# Of an item: bytes (two million words are 12 million, or twice that in escapes), and texts and brackets (ours have 26).
+_LONGEST, _MOST_MARKS = 64 << 20, 10_000
+_SPACE, _MARK, _REST = re.compile(rb"[ \n\r\t]*+"), re.compile(rb'["{}\[\]\0]'), re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,7 @@ def objects(data: mmap.mmap | bytes, where: object) -> Iterator[tuple[int, int]]
         raise ConfigError(KEY, where, "is not a JSON list of items")
     position, number = _skip(data, position + 1), 0
     while data[position : position + 1] == b"{":
-        stop = _end(data, position)
-        if stop is None:
-            raise ConfigError(KEY, where, f"ends in the middle of item {number}; the file is truncated")
+        stop = _end(data, position, where, number)
         yield position, stop
         number += 1
         position = _skip(data, stop)
@@ -160,41 +162,52 @@ def objects(data: mmap.mmap | bytes, where: object) -> Iterator[tuple[int, int]]
 
 def _skip(data, position: int) -> int:
     """The first byte at or after ``position`` that is no white space."""
-    while data[position : position + 1] in (b" ", b"\n", b"\r", b"\t"):
-        position += 1
-    return position
+    return _SPACE.match(data, position).end()
 
 
-def _end(data, position: int) -> int | None:
-    """One past the object that begins at ``position``. Strings are jumped over with a search for quotes, so a long text costs next to nothing."""
-    depth = 0
-    while True:
-        byte = data[position : position + 1]
-        if not byte:
-            return None
-        position += 1
-        if byte == b'"':
-            position = _after_string(data, position)
+def _end(data, position: int, where: object, number: int) -> int:
+    """One past the object that begins at ``position``. Only brackets and strings are looked at, and no more of them than an item has."""
+    depth, last = 0, position + _LONGEST
+    for _ in range(_MOST_MARKS):
+        mark = _MARK.search(data, position, last)
+        if mark is None:
+            break
+        position = mark.end()
+        if mark[0] == b'"':
+            position = _after_string(data, position, last)
             if position is None:
-                return None
-        elif byte in b"{[":
+                break
+        elif mark[0] in b"{[":
             depth += 1
-        elif byte in b"}]":
+        elif mark[0] == b"\0":
+            raise ConfigError(KEY, where, f"has a zero byte in item {number}, at byte {position - 1}")
+        else:
             depth -= 1
             if depth == 0:
                 return position
+    else:
+        raise ConfigError(KEY, where, f"has more than {_MOST_MARKS} texts and brackets in item {number}")
+    if last < len(data):
+        raise ConfigError(KEY, where, f"has no end of item {number} within {_LONGEST} bytes")
+    raise ConfigError(KEY, where, f"ends in the middle of item {number}; the file is truncated")
 
 
-def _after_string(data, position: int) -> int | None:
-    first = position
-    while (quote := data.find(b'"', position)) >= 0:
-        slash = quote
-        while slash > first and data[slash - 1 : slash] == b"\\":
-            slash -= 1
-        if (quote - slash) % 2 == 0:  # an odd number of backslashes escapes the quote
+def _after_string(data, position: int, last: int) -> int | None:
+    """One past the quote that ends a string, of which ``position`` is inside. A search for quotes makes a long text cost next to nothing; texts
+    that are mostly quotes and backslashes are left to an expression, which is slower, but never slow."""
+    for _ in range(1000):
+        quote = data.find(b'"', position, last)
+        if quote < 0:
+            return None
+        before = data[max(position, quote - 64) : quote]
+        slashes = len(before) - len(before.rstrip(b"\\"))
+        if slashes == 64:
+            break
+        if slashes % 2 == 0:  # an odd number of backslashes escapes the quote
             return quote + 1
         position = quote + 1
-    return None
+    rest = _REST.match(data, position, last)
+    return rest and rest.end()
 
 
 def _bytes(where: object, index: int, field: str, text: str) -> bytes:

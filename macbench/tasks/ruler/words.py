@@ -7,6 +7,7 @@ from importlib import metadata
 
 from macbench.errors import ConfigError
 from macbench.tasks.ruler.rng import Rng
+from macbench.untrusted import content
 
 VERSION = "2.2.0"  # the release whose nounlist RULER's published numbers can be repeated with; 3.0.1 lacks four nouns
 NOUNS_SHA256 = "0778f51872f2aa89e0745c0cc37471a13e3d2161a79fcfdc03b6390b10604a55"
@@ -51,7 +52,7 @@ def read_words() -> WordLists:
         path = next((file.locate() for file in package.files or () if file.name == name), None)
         if path is None or not path.is_file():
             raise ConfigError("task.subtasks", "niah, cwe", f"the installed wonderwords {package.version} has no {name}")
-        raw = path.read_bytes()
+        raw = content("task.subtasks", path)
         hashes[name] = hashlib.sha256(raw).hexdigest()
         lists.append([line.rstrip() for line in raw.decode().splitlines()])
     return WordLists(*lists, sha256=hashes, version=package.version)

@@ -14,6 +14,7 @@ from macbench import run as run_module
 from macbench.errors import ConfigError
 from macbench.recorder import Recorder
 from macbench.records import KEY, SCHEMAS, RunDirectory, part_name, read_table
+from macbench.tasks.base import Example
 from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
 
 
@@ -148,6 +149,22 @@ def test_of_a_batch_a_full_disk_keeps_what_it_has_room_for(tmp_path, monkeypatch
         directory.write_examples(rows(directory, "0", "1", "2"), {})
     assert set(read_table(directory.path, "samples", complete=True).example_id) == {"0"}
     assert not list(directory.path.rglob(".writing-*"))
+
+
+def test_parts_of_recorded_examples_are_tidied_away(tmp_path):
+    """Of those for all methods and without an error; others' go on."""
+    directory = RunDirectory(tmp_path / "full-00000000")
+    written = rows(directory, "0", "1", "2")
+    for number, part in enumerate(written.values()):
+        part["samples"] += [part["samples"][0] | {"method": "mac", "error": "out of memory" if number == 2 else None}] if number else []
+    directory.write_examples(written, {})
+    kept = [partial.example_folder(directory.path, Example("a", str(i), "", [1], [], 1)) for i in range(4)]
+    for folder in kept:
+        folder.mkdir(parents=True)
+    partial.tidy(directory, 2)
+    assert [folder.exists() for folder in kept] == [True, False, True, True]
+    partial.tidy(directory, 1)
+    assert [folder.exists() for folder in kept] == [False, False, False, True]
 
 
 def test_rows_that_were_written_here_need_not_be_read(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from macbench.errors import one_line, printable
+from macbench.redact import redact
 
 
 class Recorder:
@@ -33,7 +34,7 @@ class Recorder:
             raise failures[0]
         for said in {one_line(failure): None for failure in failures}:
             if error is None or said != one_line(error):  # a full disk is for all of them
-                print(f"macbench: {printable(said)}", file=sys.stderr)
+                print(f"macbench: {printable(redact(said))}", file=sys.stderr)
         if stop is not None and error is None:
             raise stop
 

@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import zipfile
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from macbench.counting import COUNTS
 from macbench.engine import Generation
 from macbench.errors import one_line, printable
 from macbench.files import make_folder, write_whole
+from macbench.records import RunDirectory
 from macbench.tasks.base import Example
 
 EVERY = 512  # decode steps between parts
@@ -104,12 +106,28 @@ class Partial:
 
 
 def example_folder(run: Path, example: Example) -> Path:
-    return run / "partial" / _digest(example.subtask, example.example_id)
+    return _folder(run, example.subtask, example.example_id)
+
+
+def _folder(run: Path, subtask: str, example_id: str) -> Path:
+    return run / "partial" / _digest(subtask, example_id)
 
 
 def clear(run: Path, example: Example) -> None:
     """Forget the parts of an example whose rows are recorded."""
-    shutil.rmtree(example_folder(run, example), ignore_errors=True)
+    _clear(run, [(example.subtask, example.example_id)])
+
+
+def tidy(directory: RunDirectory, variants: int) -> None:
+    """Forget the parts of examples whose rows are recorded for all ``variants``: of a process that was killed between one and the other."""
+    if (directory.path / "partial").is_dir():
+        made = Counter(key[2:] for key in directory.done(retry_failed=True))
+        _clear(directory.path, [place for place, number in made.items() if number == variants])
+
+
+def _clear(run: Path, places: list[tuple[str, str]]) -> None:
+    for place in places:
+        shutil.rmtree(_folder(run, *place), ignore_errors=True)
     with contextlib.suppress(OSError):  # others' parts are in it, or another process was faster
         (run / "partial").rmdir()
 

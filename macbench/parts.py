@@ -18,7 +18,7 @@ from macbench.thrift import structure
 
 FREE, RATIO = 512 << 20, 64
 # Of headers, which take longer to read than they are long: a footer of ours has 10,000 bytes, a file of a million rows 2,000 pages.
-_LONGEST_FOOTER, _MOST_PAGES = 4 << 20, 1 << 17
+_LONGEST_FOOTER, _MOST_GROUPS, _MOST_PAGES = 4 << 20, 1 << 12, 1 << 17
 
 # Bytes of a value in memory by its physical type; of a text, that is where it ends.
 _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 8}
@@ -52,11 +52,19 @@ def _judge(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
     leaves = [file.schema.column(i) for i in range(file.metadata.num_columns)]
     wanted = [i for i, leaf in enumerate(leaves) if columns is None or leaf.path.partition(".")[0] in columns]
     texts = [leaves[i].path for i in wanted if leaves[i].physical_type == "BYTE_ARRAY"]
-    sure = worst = pages = 0
+    said = f"with {file.metadata.num_rows} rows it would take {{:.1f}} MB of memory or more"
+    said += f", and a file of {size / 1e6:.1f} MB may take {limit / 1e6:.1f} MB"
+    sure = worst = pages = there = 0
     with path.open("rb") as raw:
-        for group in _footer(raw, size).get(4, []):
+        groups = _footer(raw, size).get(4, [])
+        if len(groups) > _MOST_GROUPS:
+            raise pa.ArrowInvalid(f"it has {len(groups)} row groups, and may have {_MOST_GROUPS}")
+        for group in groups:
             for i in wanted:
                 inside = values = 0
+                there += max(0, group[1][i][3][7])
+                if there > size:  # or they would be read, and counted, again and again
+                    raise pa.ArrowInvalid("it has columns that overlap")
                 for page in _pages(raw, group[1][i][3]):
                     inside += page[2]
                     values += sum(max(0, page.get(kind, {}).get(1, 0)) for kind in (5, 8))
@@ -66,9 +74,8 @@ def _judge(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
                 values = max(values, group[3])
                 sure += inside + values * (_WIDTH.get(leaves[i].physical_type) or leaves[i].length)
                 worst += inside * values * (leaves[i].physical_type == "BYTE_ARRAY")
-    said = f"with {file.metadata.num_rows} rows it would take {{:.1f}} MB of memory, and a file of {size / 1e6:.1f} MB may take {limit / 1e6:.1f} MB"
-    if sure > limit:
-        raise pa.ArrowInvalid(said.format(sure / 1e6))
+                if sure > limit:
+                    raise pa.ArrowInvalid(said.format(sure / 1e6))
     if sure + worst > limit:  # only what the rows refer to tells
         with opened(path, texts) as file:
             groups = (file.read_row_group(g, texts) for g in range(file.metadata.num_row_groups))  # of all at once, lists would be in pieces
@@ -94,6 +101,8 @@ def _pages(raw: BinaryIO, column: dict) -> Iterator[dict]:
     if column[5] <= 0:  # a table without rows; where data would begin is anywhere
         return
     raw.seek(min(column[9], column.get(11, 0) or column[9]))
+    if column[7] < 0:
+        raise pa.ArrowInvalid("it has a column without a size")
     content, at = raw.read(column[7]), 0
     while at < len(content):
         page, at = structure(content, at)

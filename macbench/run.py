@@ -84,6 +84,7 @@ def run(cfg: DictConfig) -> int:
         print("nothing left to compute: all examples are recorded", file=sys.stderr)
         if leftovers(directory.path):
             directory.tidy()
+            partial.tidy(directory, len(plan.variants))
         table = report(directory, plan)
     for note in budget.misses(table, plan.variants):
         print(f"macbench: note: {note}", file=sys.stderr)
@@ -337,6 +338,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
         bar.update(bar.total - bar.n)
     if leases.last:
         directory.tidy()
+        partial.tidy(directory, len(variants))
 
 
 def report(directory: RunDirectory, plan: Plan):

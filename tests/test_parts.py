@@ -1,6 +1,7 @@
 """Files of runs that are small on the disk and large in memory."""
 
 import contextlib
+import io
 import os
 import tracemalloc
 import zipfile
@@ -97,6 +98,31 @@ def test_a_footer_that_lies(tmp_path, monkeypatch):
     assert parts.read(path).num_rows == 1
     monkeypatch.setattr(parts, "FREE", 1 << 20)
     assert "with 1 rows it would take 20.0 MB" in refused(path)
+
+
+def groups_of(path, doublings: int):
+    """The file with all its row groups 2 to the ``doublings`` times in the footer."""
+    known = pq.read_metadata(path)
+    for _ in range(doublings):
+        again = io.BytesIO()
+        known.write_metadata_file(again)
+        known.append_row_groups(pq.read_metadata(again))
+    footer = io.BytesIO()
+    known.write_metadata_file(footer)
+    content = path.read_bytes()
+    path.write_bytes(content[: -8 - int.from_bytes(content[-8:-4], "little")] + footer.getvalue()[4:])
+    assert pq.read_metadata(path).num_row_groups == 1 << doublings
+
+
+def test_row_groups_of_the_same_bytes(tmp_path):
+    """A page of twenty megabytes, as often as the footer says so: it is not read again each time."""
+    path, some = tmp_path / "a.parquet", pa.table({"n": np.random.default_rng(0).integers(0, 1 << 60, 2_500_000)})
+    for doublings, said in ((2, "columns that overlap"), (13, "8192 row groups, and may have 4096")):
+        pq.write_table(some, path, use_dictionary=False, row_group_size=3_000_000)
+        assert parts.read(path).num_rows == 2_500_000
+        groups_of(path, doublings)
+        with within():
+            assert said in refused(path)
 
 
 def varint(value: int, length: int = 0) -> bytes:

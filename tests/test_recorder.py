@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import threading
+import time
 
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from macbench import run as run_module
 from macbench.errors import ConfigError
 from macbench.recorder import Recorder
 from macbench.records import KEY, SCHEMAS, RunDirectory, part_name, read_table
+from macbench.tasks.base import Example
 from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
 
 
@@ -34,10 +37,10 @@ def test_one_group_is_written_beside_the_next_one():
         events.append("meanwhile")
         go.set()
         recorder.put(lambda: events.append("second") or 2, events.append)
-        assert events[:3] == ["meanwhile", "first", 1]  # and it may not be a third one that waits
+        assert events[:2] == ["meanwhile", "first"] and 1 in events and 2 not in events  # and it may not be a third one that waits
         recorder.settle()
         recorder.settle()
-    assert events == ["meanwhile", "first", 1, "second", 2]
+    assert sorted(map(str, events)) == ["1", "2", "first", "meanwhile", "second"] and events[-1] == 2
 
 
 def test_what_fails_in_the_thread_is_raised_and_an_error_beside_it_lets_it_end():
@@ -53,6 +56,61 @@ def test_what_fails_in_the_thread_is_raised_and_an_error_beside_it_lets_it_end()
         recorder.put(lambda: go.wait(0.2) or written.append(1), lambda found: None)
         raise KeyboardInterrupt
     assert written == [1]
+
+
+def failing(said: str):
+    def write():
+        raise ConfigError("runs_dir", "runs", said)
+
+    return write
+
+
+def test_every_ctrl_c_waits_for_what_is_being_written():
+    """One that ends the run, and three while it ends."""
+    written, began = [], threading.Event()
+
+    def slow():
+        began.set()
+        for _ in range(3):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        written.append(1)
+
+    for alone in (False, True):  # also where none has ended it
+        with pytest.raises(KeyboardInterrupt), Recorder() as recorder:
+            recorder.put(slow, written.append)
+            began.wait()
+            if not alone:
+                raise KeyboardInterrupt
+        assert written.pop() == 1 and not written
+
+
+def test_what_fails_when_another_error_ends_a_run_is_a_line(capsys):
+    with pytest.raises(KeyboardInterrupt), Recorder() as recorder:
+        recorder.put(failing("is full"), written_nothing)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "macbench: runs_dir=runs: is full\n"
+    with pytest.raises(ConfigError, match="is full"), Recorder() as recorder:
+        recorder.put(failing("is full"), written_nothing)
+    assert capsys.readouterr().err == ""
+
+
+def written_nothing(found):
+    pytest.fail("it was not written")
+
+
+def test_a_group_that_fails_does_not_take_the_next_one_with_it(capsys):
+    """And what fails for the same reason is said once."""
+    written = []
+    with pytest.raises(ConfigError, match="is full"), Recorder() as recorder:
+        recorder.put(failing("is full"), written_nothing)
+        recorder.put(lambda: written.append(2), written_nothing)
+    assert written == [2]
+    with pytest.raises(ConfigError, match="is full"), Recorder() as recorder:
+        recorder.put(failing("is full"), written_nothing)
+        recorder.put(failing("is full"), written_nothing)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -91,6 +149,22 @@ def test_of_a_batch_a_full_disk_keeps_what_it_has_room_for(tmp_path, monkeypatch
         directory.write_examples(rows(directory, "0", "1", "2"), {})
     assert set(read_table(directory.path, "samples", complete=True).example_id) == {"0"}
     assert not list(directory.path.rglob(".writing-*"))
+
+
+def test_parts_of_recorded_examples_are_tidied_away(tmp_path):
+    """Of those for all methods and without an error; others' go on."""
+    directory = RunDirectory(tmp_path / "full-00000000")
+    written = rows(directory, "0", "1", "2")
+    for number, part in enumerate(written.values()):
+        part["samples"] += [part["samples"][0] | {"method": "mac", "error": "out of memory" if number == 2 else None}] if number else []
+    directory.write_examples(written, {})
+    kept = [partial.example_folder(directory.path, Example("a", str(i), "", [1], [], 1)) for i in range(4)]
+    for folder in kept:
+        folder.mkdir(parents=True)
+    partial.tidy(directory, 2)
+    assert [folder.exists() for folder in kept] == [True, False, True, True]
+    partial.tidy(directory, 1)
+    assert [folder.exists() for folder in kept] == [False, False, False, True]
 
 
 def test_rows_that_were_written_here_need_not_be_read(tmp_path, monkeypatch):

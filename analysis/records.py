@@ -133,6 +133,7 @@ class Records:
         self.roots = [Path(root) for root in roots]
         self.damaged: set[str] = set()  # files beside others that were read: a line each
         self._summaries: dict[Path, tuple[pd.DataFrame, pd.DataFrame] | Missing] = {}
+        self._complete: set[tuple[Path, str]] = set()  # tables of runs
 
     def _files(self, pattern: str) -> list[Path]:
         return list(dict.fromkeys(p for root in self.roots for p in sorted(root.rglob(pattern))))
@@ -217,8 +218,9 @@ class Records:
         lacking = {c for part in found for c in columns if c not in _schema(part).names}
         if lacking:
             raise Missing(f"{run / name} has no column {', '.join(sorted(lacking))}")
-        if name in ("steps", "layers"):
+        if name in ("steps", "layers") and (run, name) not in self._complete:
             self._whole(run, name)
+            self._complete.add((run, name))
         return read_table(run, name, columns)
 
     def _whole(self, run: Path, name: str) -> None:
@@ -229,7 +231,9 @@ class Records:
         except ConfigError as error:
             raise Missing(f"{run}: {one_line(error)}") from error
         answers = answers[answers.method.isin(self.source(run).facts.get(f"{name}_of", answers.method))]
-        each = answers.set_index(KEY).decode_steps if name == "steps" else answers.set_index(KEY).decode_steps * 0 + rows.layer.max() + 1
+        each = answers.set_index(KEY).decode_steps
+        if name == "layers":
+            each = pd.Series(rows.layer.max() + 1, each.index)
         absent = int((each - rows.groupby(KEY).size().reindex(each.index, fill_value=0)).clip(lower=0).sum())
         if absent:
             raise Missing(f"{run / name} lacks {absent:,} of {int(each.sum()):,} rows that follow from samples")

@@ -6,6 +6,7 @@ One picture and two tables for every model and task with runs of one experiment 
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -122,7 +123,11 @@ def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, titl
     size = (style.WIDTH, 0.3 + 1.25 * rows)
     figure, panels = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
     styles, methods = style.methods(found.method), list(dict.fromkeys(found.method))
-    aside = {method: 1.09 ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}  # so that no bar hides another
+    # Side by side, so that no bar hides another, and all of a length within 0.6 of the way to the next one.
+    lengths = sorted(found.ctx.unique())
+    nearest = min((later / earlier for earlier, later in pairwise(lengths)), default=2)
+    step = min(1.09, nearest ** (0.6 / max(1, len(methods) - 1)))
+    aside = {method: step ** (i - (len(methods) - 1) / 2) for i, method in enumerate(methods)}
     for axes, subtask in zip(panels.flat, subtasks, strict=False):
         for method, mine in found[found.subtask == subtask].groupby("method", sort=False):
             style.line(
@@ -132,7 +137,7 @@ def picture(found: pd.DataFrame, subtasks: list[str], out: Path, name: str, titl
                 label=method,
                 **styles[method] | {"markersize": 3, "linewidth": 1},
             )
-        style.doubling(axes, sorted(found.ctx.unique()))
+        style.doubling(axes, lengths)
         axes.tick_params(axis="x", labelsize=6)
         axes.set_title("mean over subtasks" if subtask == WHOLE else subtask)
         axes.set_ylim(-0.05, 1.05)

@@ -27,12 +27,12 @@ from macbench.environment import label
 from macbench.errors import ConfigError, ending, one_line
 from macbench.files import write_whole
 from macbench.merge import summary
-from macbench.records import PACKED, SCHEMAS, RunDirectory, config_hash, placeless
+from macbench.records import LOCATIONS, PACKED, PLACE, SCHEMAS, RunDirectory, config_hash, placeless
 from macbench.trace import records as trace
 from macbench.untrusted import configuration, document
 from macbench.verify import verify
 
-_PLACES = ("runs_dir", "task.data_path", "model.gguf", "model.adapter")
+_PLACES = ("runs_dir", *LOCATIONS)
 _COPIED = ("tables.json", "judgements")
 
 
@@ -46,7 +46,8 @@ def pack(run: Path, target: Path) -> Path:
     identity, protocol = environment.get("identity"), environment.get("protocol")
     name, done = run.resolve().name, []
     if identity is not None:
-        environment["identity"] = identity = identity | {"model": placeless(identity["model"])}
+        identity = json.loads(hide(json.dumps(identity | {"model": placeless(identity["model"])})))
+        environment["identity"] = identity
         renamed = f"{name.rpartition('-')[0]}-{config_hash(identity | {'protocol': protocol})}"
         if renamed != name:
             done.append(f"was {name}: a folder of the machine was part of that name")
@@ -110,7 +111,7 @@ def _hider(config, command: str):
 
     def hide(text: str) -> str:
         for place in places:
-            text = text.replace(place, "DIR")
+            text = text.replace(place, PLACE)
         return text
 
     return hide

@@ -97,6 +97,8 @@ _LATER = {
 KEY = ["method", "variant", "subtask", "example_id"]
 # Name of the one part, without the suffix, that holds all examples of a run (see ``pack.py``).
 PACKED = "part-all"
+# Keys of a configuration that say where data and weights lie, and what stands there in a packed run.
+LOCATIONS, PLACE = ("task.data_path", "model.gguf", "model.adapter"), "DIR"
 
 
 def config_hash(config: dict) -> str:

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import OmegaConf
 
 from macbench import environment, settings
 from macbench import run as runner
@@ -13,18 +14,22 @@ from macbench.errors import ConfigError
 from macbench.generate import answers
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import load
+from macbench.records import LOCATIONS, PLACE
 from macbench.untrusted import configuration
 
 # Of a sample row; times differ, and ratios follow from counts.
 _SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decode_steps", *TOTALS)
 
 
-def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice: random.Random, device: str, found) -> None:
-    """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. Resumed generations are left out: see partial.py."""
+def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice: random.Random, device: str, found, places: dict[str, str]) -> None:
+    """Adds to ``found`` (see verify.py) what is different. ``tables``: those of the run. ``places``: by key of LOCATIONS, where it lies here;
+    else the place that the run names or, if pack.py took it out, the default. Resumed generations are left out: see partial.py.
+    """
     cfg = configuration(run)
     settings.own_classes_only(cfg)
     settings.check_numbers(cfg, "seed", "engine.page_size", "engine.prefill_chunk")  # of what a command must be; earlier ones had fewer keys
     cfg.device = device
+    _locate(cfg, places)
     plan = runner.prepare(cfg)
     name = runner.run_name(cfg, plan)
     if name != run.resolve().name:
@@ -48,6 +53,17 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
             found.wrong += _differences(mine, again)
     if chosen:
         found.notes.append(f"made again: {', '.join(f'{subtask} {index}' for subtask, index in chosen)}")
+
+
+def _locate(cfg, places: dict[str, str]) -> None:
+    for key in LOCATIONS:
+        recorded = OmegaConf.select(cfg, key)
+        if key in places:
+            OmegaConf.update(cfg, key, places[key])
+        elif recorded == PLACE and key == "model.adapter":
+            raise ConfigError(key, recorded, "the run does not say where it lay; say where it lies here")
+        elif recorded == PLACE:
+            OmegaConf.update(cfg, key, None)
 
 
 def _differences(recorded: pd.DataFrame, again: pd.DataFrame) -> list[str]:

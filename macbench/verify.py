@@ -1,8 +1,9 @@
-"""Is a run what it says it is? ``python -m macbench.verify RUN [RUN ...] [examples=2] [seed=0] [device=auto]``.
+"""Is a run what it says it is? ``python -m macbench.verify RUN [RUN ...] [examples=2] [seed=0] [device=auto] [task.data_path=DIR] ...``.
 
 Checks the name against the hash of what the run measures, every parquet part (schema, page checksums, keys), that the three tables add
 up to the same counts, that nothing is missing, and that ``summary.json`` follows from the parts. Then makes ``examples`` randomly chosen
-examples again, nowhere near the run, and compares texts and counts. Exit code 1 if anything is wrong.
+examples again, nowhere near the run, and compares texts and counts. Where data and weights of a packed run, or of another machine's, lie
+here is said by ``task.data_path``, ``model.gguf`` and ``model.adapter``. Exit code 1 if anything is wrong.
 """
 
 import json
@@ -18,7 +19,7 @@ from macbench import asked, parts
 from macbench.counting import TOTALS
 from macbench.environment import label
 from macbench.errors import ConfigError, ending, one_line, printable
-from macbench.records import KEY, SCHEMAS, completed, config_hash, find_runs, foreign, read_table
+from macbench.records import KEY, LOCATIONS, SCHEMAS, completed, config_hash, find_runs, foreign, read_table
 from macbench.summary import summarise
 from macbench.tasks.base import guesses
 from macbench.tasks.recorded import task_class
@@ -43,8 +44,8 @@ class Findings:
         return "".join(f"{printable(line)}\n" for line in [head, *(f"  {line}" for line in [*lines, *(f"note: {note}" for note in self.notes)])])
 
 
-def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") -> Findings:
-    """All checks of a run folder. ``examples``: how many to make again, on ``device``."""
+def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto", places: dict[str, str] | None = None) -> Findings:
+    """All checks of a run folder. ``examples``: how many to make again, on ``device``. ``places``: see regenerate.py."""
     found = Findings()
     environment = _environment(run)
     identity = environment.get("identity")
@@ -66,7 +67,7 @@ def verify(run: Path, examples: int = 0, seed: int = 0, device: str = "auto") ->
     if examples:
         from macbench.regenerate import regenerate
 
-        regenerate(run, tables, examples, random.Random(seed), device, found)
+        regenerate(run, tables, examples, random.Random(seed), device, found, places or {})
     return found
 
 
@@ -176,10 +177,12 @@ def main() -> None:
 
 
 def _options(given: dict[str, str]) -> dict:
-    options = {"examples": 2, "seed": 0, "device": "auto"}
+    options = {"examples": 2, "seed": 0, "device": "auto", "places": {key: value for key, value in given.items() if key in LOCATIONS}}
     for key, value in given.items():
-        if key not in options:
-            raise ConfigError(key, value, f"no such option; there are {', '.join(options)}")
+        if key in LOCATIONS:
+            continue
+        if key not in (known := ("examples", "seed", "device")):
+            raise ConfigError(key, value, f"no such option; there are {', '.join((*known, *LOCATIONS))}")
         if key != "device" and not value.isdecimal():
             raise ConfigError(key, value, "must be a number, 0 or more")
         options[key] = value if key == "device" else int(value)

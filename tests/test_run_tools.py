@@ -397,6 +397,37 @@ def test_a_folder_of_the_machine_leaves_the_name(run, tmp_path, tool):
     assert code == 0 and f"was {name}" in out and kept.is_dir() and set(read_table(kept, "layers").run_id) == {run.name}
 
 
+def test_an_adapter_of_no_fixed_hash_leaves_its_folder_behind(run, tmp_path, tool):
+    """Its place is part of the identity, and of the name; the packed name is the hash of what stands in the packed identity."""
+    environment, config = json.loads((run / "environment.json").read_text()), OmegaConf.load(run / "config.yaml")
+    config.model.adapter = "/somewhere/a.safetensors"
+    identity = environment["identity"] | {"model": environment["identity"]["model"] | {"adapter": config.model.adapter}}
+    name = f"mac-{config_hash(identity | {'protocol': environment['protocol']})}"
+    (run / "environment.json").write_text(json.dumps(environment | {"identity": identity}))
+    OmegaConf.save(config, run / "config.yaml")
+    code, out, _ = tool(pack, tmp_path / "kept", run.rename(run.with_name(name)))
+    assert code == 0 and f"was {name}" in out and "as it should be" in out
+    (kept,) = (path.parent for path in (tmp_path / "kept").rglob("environment.json"))
+    assert "/somewhere" not in (kept / "environment.json").read_text()
+    code, out, err = tool(verify, kept, "examples=1", "device=cpu")
+    assert code == 2 and "model.adapter=DIR: the run does not say where it lay" in err
+
+
+def test_examples_of_a_packed_run_come_out_again(run, tmp_path, tool):
+    """The places that pack took out are the defaults again, or what the command says."""
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(config, "model.gguf", "/nowhere/weights.gguf", force_add=True)
+    OmegaConf.update(config, "task.data_path", "/nowhere/data", force_add=True)
+    OmegaConf.save(config, run / "config.yaml")
+    assert tool(pack, tmp_path / "kept", run)[0] == 0
+    kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
+    assert OmegaConf.load(kept / "config.yaml").task.data_path == "DIR"
+    code, out, err = tool(verify, kept, "examples=1", "device=cpu")
+    assert code == 0 and "made again: niah_single_1" in out, out + err
+    code, _, err = tool(verify, kept, "examples=1", "device=cpu", f"task.data_path={tmp_path / 'none'}")
+    assert code == 2 and err.count("\n") == 1 and str(tmp_path / "none") in err
+
+
 @pytest.mark.parametrize("what", ["no run", "two versions", "a foreign column"])
 def test_what_cannot_be_packed(run, tmp_path, tool, what):
     if what == "no run":

@@ -17,6 +17,8 @@ from macbench.records import find_runs, read_table
 from macbench.summary import REFERENCE
 from macbench.untrusted import document
 
+# Of a mean of scores: an interval that ends at 0 holds it.
+_ROUNDING = 1e-9
 _EXAMPLE = ["task", "ctx", "subtask", "example_id"]
 
 
@@ -52,7 +54,7 @@ def compare(ours: pd.Series, theirs: pd.Series) -> pd.DataFrame:
         found = stats.paired([group.theirs.to_numpy()], [group.ours.to_numpy()])
         row = {"task": task, "ctx": ctx, "subtask": subtask, "n": len(group), "first": group.ours.mean(), "second": group.theirs.mean()}
         row |= {"difference": found.difference, "low": found.difference_low, "high": found.difference_high}
-        inside = found.difference_low <= 0 <= found.difference_high or abs(found.difference) * len(group) <= 1
+        inside = (found.difference_low <= _ROUNDING and found.difference_high >= -_ROUNDING) or abs(found.difference) * len(group) <= 1
         rows.append(row | {"verdict": "within" if inside else "OUTSIDE"})
     return pd.DataFrame(rows).sort_values(["task", "ctx", "subtask"], ignore_index=True)
 

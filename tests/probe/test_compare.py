@@ -25,6 +25,9 @@ def test_verdicts():
     assert found.loc["worse", ["n", "first", "second", "difference"]].tolist() == [25, 1, 0.6, pytest.approx(-0.4)]
     # 10 of 25 differences are -1: the interval of the mean is about 0.4 +- 1.96 * sqrt(0.4 * 0.6 / 25)
     assert found.loc["worse", "low"] == pytest.approx(-0.59, abs=0.04) and found.loc["worse", "high"] == pytest.approx(-0.21, abs=0.04)
+    # 3 of 25 differ, and (22/25)**25 = 4% of the resamples have none of these: the interval begins at 0, here a rounding above it
+    edge = compare.compare(made(cwe=[0.3] * 25), made(cwe=[0.1 + 0.2] * 22 + [0.9] * 3))
+    assert 0 < edge.low[0] < 1e-15 and edge.difference[0] * 25 > 1 and edge.verdict[0] == "within"
     with pytest.raises(ConfigError, match="no example in common"):
         compare.compare(made(a=[1]), made(b=[1]))
 

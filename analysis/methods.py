@@ -26,8 +26,6 @@ def numbers(records: Records) -> tuple[pd.DataFrame, list[Source]]:
     """
     frame, sources = records.benchmark("attention", COLUMNS, of_methods=True)
     frame = frame.assign(machine=[sources[i].machine for i in frame.file])
-    # Before 4 bits were timed as well, 2 bits went by the name of kivi.
-    frame = frame.assign(method=frame.method.mask((frame.method == "kivi") & frame.knobs.str.startswith("bits=2 ", na=False), "kivi_2bit"))
     cells = ["ctx", "batch"]
     full = frame[frame.method == "full"].set_index(["file", *cells]).time_ms.rename("full_ms")
     frame = frame.join(full, on=["file", *cells])

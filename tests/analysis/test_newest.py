@@ -64,8 +64,8 @@ def test_methods_without_a_knob_have_no_budget(tmp_path):
         blank = {"budget": lambda x, f=factor: f * x, "time_ms": lambda x, f=factor: f * x}
         copy(made, tmp_path / f"attention/{name}.parquet", {"started": f"203{factor}-01-01"}, **blank)
     numbers, _ = methods.numbers(Records(tmp_path))
-    before = {"kivi_2bit" if r["method"] == "kivi" else r["method"]: r for r in rows(made)}  # the file has KIVI with 2 bits alone
-    assert before["kivi_2bit"]["knobs"].startswith("bits=2 ")
+    before = {r["method"]: r for r in rows(made)}
+    assert before["kivi_2bit"]["knobs"].startswith("bits=2 ") and before["kivi"]["knobs"].startswith("bits=4 ")
     bare = [name for name, r in before.items() if r["budget"] is None]
     assert "full" in bare and sorted(numbers.method) == sorted(2 * [name for name in before if name not in bare] + bare)
     for found in numbers.itertuples():

@@ -202,8 +202,7 @@ def test_methods_at_one_budget(records):
     assert len(numbers) >= len(mine)
     (full,) = [r for r in mine if r["method"] == "full"]
     for r in mine:
-        name = "kivi_2bit" if r["knobs"].startswith("bits=2 ") else r["method"]  # which the file calls kivi
-        (found,) = numbers[(numbers.file == 0) & (numbers.method == name)].itertuples()
+        (found,) = numbers[(numbers.file == 0) & (numbers.method == r["method"])].itertuples()
         assert found.machine in sources[0].device
         if r["error"] is None:
             assert (found.over_full, found.floor_ms) == approx((r["time_ms"] / full["time_ms"], 1e3 * r["bytes_counted"] / r["copy_bandwidth"]))

@@ -288,7 +288,7 @@ def test_drift_is_of_tokens_bytes_hits_and_chains(records):
 
 def test_methods_print_times_and_bytes(records, tmp_path):
     (drawn,) = methods.make(records, tmp_path)
-    frame = pd.read_parquet(H100 / "attention" / "methods.parquet").replace({"method": {"kivi": "kivi_2bit"}}).set_index("method")  # it holds 2 bits
+    frame = pd.read_parquet(H100 / "attention" / "methods.parquet").set_index("method")
     some = drawn.frame[drawn.frame.machine == "H100"] if "machine" in drawn.frame else drawn.frame
     assert set(some.method) == set(frame.index)
     for printed in some.to_dict("records"):

@@ -5,7 +5,7 @@ unfinished (their prompts contain the variant's own tokens).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class Answer:
     """What one variant made of an example. Over all calls: ``generation`` (steps, counts and tokens one after the other),
     ``prompt_tokens`` and ``prefill_s`` (sums). ``text``: of the last call; ``earlier``: of those before.
     Along full attention's first text: ``fidelity``, its columns, and ``layer_errors``, of the attention outputs of each layer.
-    ``prefill_chunk``: the prompt's, where memory did not allow the configured one, else 0."""
+    ``prefill_chunk``: the prompt's, where memory did not allow the configured one, else 0.
+    ``together``: "subtask/example" of all that decoded in step, itself among them, in the order of the batch."""
 
     text: str
     generation: Generation
@@ -46,6 +47,7 @@ class Answer:
     fidelity: dict = field(default_factory=dict)
     layer_errors: list[float | None] = field(default_factory=list)
     prefill_chunk: int = 0
+    together: list[str] = field(default_factory=list)
 
     def then(self, later: "Answer") -> "Answer":
         return Answer(
@@ -59,6 +61,7 @@ class Answer:
             self.fidelity,
             self.layer_errors,
             min(filter(None, (self.prefill_chunk, later.prefill_chunk)), default=0),
+            self.together,
         )
 
 
@@ -120,7 +123,8 @@ def _together(engine: Engine, variant, members: list, rate: Progress, preparatio
             for call, _ in ready:
                 call.partial.discard()  # what was kept of it belongs to another attempt
         else:
-            results = iter([call.finish(generation, prompt) for (call, prompt), generation in zip(ready, done, strict=True)])
+            names = [call.name for call, _ in ready]
+            results = iter([call.finish(generation, prompt, names) for (call, prompt), generation in zip(ready, done, strict=True)])
     return [
         prompt if not isinstance(prompt, Prompt) else next(results, None) or _attempt(engine, partial(call.on, prompt, preparation))
         for call, prompt in members
@@ -139,6 +143,7 @@ class Call:
     def __init__(self, engine: Engine, model: LoadedModel, variant, example: Example, run: Path, rate: Progress):
         self.engine, self.model, self.variant, self.example, self.rate = engine, model, variant, example, rate
         self.partial = Partial(run, variant.name, variant.label, example)
+        self.name = f"{example.subtask}/{example.example_id}"
 
     def alone(self) -> Answer:
         """With a prefill of its own, of the prompt and all but the last of the tokens that there are already."""
@@ -169,9 +174,9 @@ class Call:
             keeper=None if example.question else self.partial,  # a resumed prompt could not tell what was prefilled and what was not
         )
 
-    def finish(self, generation: Generation, prompt: Prompt) -> Answer:
+    def finish(self, generation: Generation, prompt: Prompt, together: list[str] | None = None) -> Answer:
         chunk = prompt.chunk if prompt.chunk < self.engine.chunk else 0
-        return self._answer(self.partial.finish(generation), prompt.seconds, chunk)
+        return replace(self._answer(self.partial.finish(generation), prompt.seconds, chunk), together=together or [self.name])
 
     def _answer(self, generation: Generation, seconds: float = 0.0, chunk: int = 0) -> Answer:
         text = StopStrings(self.model.chat.decode, self.example.stop).cut(self.model.chat.decode(generation.tokens))

@@ -1,5 +1,6 @@
 """Make some examples of a run again and compare: same texts, same counts, row by row."""
 
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -10,13 +11,14 @@ from omegaconf import OmegaConf
 from macbench import environment, settings
 from macbench import run as runner
 from macbench.counting import TOTALS
-from macbench.errors import ConfigError
+from macbench.errors import ConfigError, one_line
 from macbench.generate import answers
 from macbench.models.fingerprint import hashes
 from macbench.models.weights import load
 from macbench.records import LOCATIONS, PLACE
 from macbench.untrusted import configuration
 
+Place = tuple[str, int]
 # Of a sample row; times differ, and ratios follow from counts.
 _SAME = ("text", "score", "finish_reason", "prompt_tokens", "new_tokens", "decode_steps", *TOTALS)
 
@@ -38,21 +40,48 @@ def regenerate(run: Path, tables: dict[str, pd.DataFrame], examples: int, choice
     now = environment.facts(plan.device, plan.layer.name, str(plan.dtype), hashes(cfg.model))
     found.notes += environment.continued(run, now)
     samples = tables["samples"]
-    resumed = samples.meta.str.contains('"resumed_at"', na=False) | samples.error.notna()
-    groups = samples.assign(resumed=resumed).groupby(["subtask", "example_id"]).resumed.any()
-    places = sorted(groups.index[~groups])
-    chosen = choice.sample(places, min(examples, len(places)))
+    groups = _groups(run, samples, plan.asked.places(), cfg.batch or 1)
+    chosen = choice.sample(sorted(groups), min(examples, len(groups)))
     engine = runner.make_engine(cfg, plan.layer, plan.ctx, model)
-    for start in range(0, len(chosen), engine.batch):
-        group = [plan.example(subtask, int(index)) for subtask, index in chosen[start : start + engine.batch]]
+    for group, known in dict.fromkeys(groups[place] for place in chosen):
+        together = [plan.example(*place) for place in group]
         with tempfile.TemporaryDirectory() as scratch:
-            made = answers(engine, model, plan.task, plan.variants, group, Path(scratch), lambda stage: lambda tokens: None)
-        for example, answered in zip(group, made, strict=True):
+            made = answers(engine, model, plan.task, plan.variants, together, Path(scratch), lambda stage: lambda tokens: None)
+        for example, answered in zip(together, made, strict=True):
             again = pd.DataFrame(runner.records(engine.ctx, plan.task, plan.variants, example, answered, run.name)["samples"])
             mine = samples[(samples.subtask == example.subtask) & (samples.example_id == example.example_id)]
-            found.wrong += _differences(mine, again)
+            doubt = "" if known else "; the run does not say which examples were a batch, and another batch rounds otherwise"
+            if (example.subtask, int(example.example_id)) in groups:
+                found.wrong += [line + doubt for line in _differences(mine, again)]
     if chosen:
         found.notes.append(f"made again: {', '.join(f'{subtask} {index}' for subtask, index in chosen)}")
+
+
+def _groups(run: Path, samples: pd.DataFrame, places: list[Place], batch: int) -> dict[Place, tuple[tuple[Place, ...], bool]]:
+    """For each example that can be made again, those that decoded in step with it, in their order, and whether the run says so.
+
+    Of earlier versions, which did not record it, it is what one process would have taken in the order of ``places``. Left out are failed
+    and resumed generations, and examples of whose methods some decoded in step with others. A ConfigError for what cannot have been a batch.
+    """
+    rows_of = dict(list(samples.groupby(["subtask", "example_id"])))
+    found = {}
+    for (subtask, index), rows in rows_of.items():
+        place = subtask, int(index)
+        try:
+            facts = [json.loads(meta or "{}") for meta in rows.meta]
+            recorded = {tuple(map(str, fact.get("decoded_with", ()))) for fact in facts}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError("RUN", run, f"meta of {subtask} {index} cannot be read ({one_line(error)})") from error
+        if rows.error.notna().any() or any("resumed_at" in fact for fact in facts) or len(recorded) > 1:
+            continue
+        names = [tuple(name.rpartition("/")[::2]) for name in recorded.pop()]
+        if len(names) > batch or not {*names} <= rows_of.keys():
+            raise ConfigError("RUN", run, f"meta of {subtask} {index} names examples of a batch ({len(names)}) that the run does not have")
+        known = bool(names) or batch == 1 or place not in places
+        start = 0 if known else places.index(place) // batch * batch
+        guess = [place] if known else places[start : start + batch]
+        found[place] = tuple((subtask, int(index)) for subtask, index in names) or tuple(guess), known
+    return found
 
 
 def _locate(cfg, places: dict[str, str]) -> None:

@@ -16,8 +16,11 @@ from macbench.tasks.base import Example, Task
 Columns = dict[str, np.ndarray | str]
 
 
-def records(ctx: int, task: Task, variants: list[Variant], example: Example, made: list, run_id: str) -> dict[str, list[dict]]:
-    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``."""
+def records(ctx: int, task: Task, variants: list[Variant], example: Example, made: list, run_id: str, batched: bool = False) -> dict[str, list[dict]]:
+    """The three tables (see ``RunDirectory.write_example``) from what each variant made of an example. A failure becomes a row with ``error``.
+
+    ``batched``: whether the run decodes several examples in step; then ``meta`` says which these were.
+    """
     tables = {"samples": [], "steps": [], "layers": []}
     texts: dict[int, list[int]] = {}
     for i, (variant, answer) in enumerate(zip(variants, made, strict=True)):
@@ -34,6 +37,7 @@ def records(ctx: int, task: Task, variants: list[Variant], example: Example, mad
             meta |= {"earlier_texts": answer.earlier} if answer.earlier else {}
             meta |= {"resumed_at": answer.resumed_at} if answer.resumed_at else {}
             meta |= {"prefill_chunk": answer.prefill_chunk} if answer.prefill_chunk else {}
+            meta |= {"decoded_with": answer.together} if batched else {}
             row |= {"text": answer.text, "prefill_s": answer.prefill_s}
             row |= {"prompt_tokens": answer.prompt_tokens} | sample_columns(answer.generation) | answer.fidelity
             tables["steps"].append(step_rows(answer.generation, key))

@@ -310,7 +310,7 @@ def evaluate(engine: Engine, model: LoadedModel, plan: Plan, work: Work, directo
         """Returns the sample rows of those that were recorded."""
         tables = {}
         for place, example, answered in zip(group, examples, made, strict=True):
-            rows = records(engine.ctx, task, variants, example, answered, directory.run_id)
+            rows = records(engine.ctx, task, variants, example, answered, directory.run_id, engine.batch > 1)
             if not (leases.lost(work.left[place]) or work.made(place)):  # else who took it over, while this process slept too long, makes it
                 tables[place] = rows
         if tables:

@@ -103,6 +103,8 @@ def tables(runs: Path) -> dict[str, pd.DataFrame]:
     (config,) = runs.rglob("config.yaml")
     order = {"samples": KEY, "steps": [*KEY, "step"], "layers": [*KEY, "layer"]}
     frames = {table: read_table(config.parent, table) for table in SCHEMAS}
+    # who decodes with whom follows from who was there
+    frames["samples"]["meta"] = [json.dumps({k: v for k, v in json.loads(m).items() if k != "decoded_with"}) for m in frames["samples"].meta]
     return {t: frame.drop(columns=TIMES & {*frame}).sort_values(order[t], ignore_index=True) for t, frame in frames.items()}
 
 

@@ -428,6 +428,51 @@ def test_examples_of_a_packed_run_come_out_again(run, tmp_path, tool):
     assert code == 2 and err.count("\n") == 1 and str(tmp_path / "none") in err
 
 
+@pytest.fixture(scope="module")
+def batches(made, tmp_path_factory) -> Path:
+    """``made`` again, three examples in step and the fourth alone."""
+    runs = tmp_path_factory.mktemp("batches") / "runs"
+    (model,) = (a.removeprefix("model.path=") for a in made[1] if a.startswith("model.path="))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["macbench", *kills.arguments(Path(model), runs, 4, "batch=3")])
+        run_module.main()
+    return runs
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_examples_of_a_batch_are_made_again_with_those_they_were_with(batches, tmp_path, tool, monkeypatch, recorded):
+    """As the rows say, in that order; of a run that does not say it yet, as one process takes them, and a difference says so."""
+    shutil.copytree(batches, tmp_path / "runs")
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
+    meta = read_table(run, "samples").set_index(["method", "example_id"]).meta.map(json.loads)
+    names = [f"niah_single_1/{i}" for i in range(4)]
+    assert all(meta[m, str(i)]["decoded_with"] == (names[:3] if i < 3 else names[3:]) for m in ("full", "mac") for i in range(4))
+    together, order = [], names[2::-1]
+
+    def answers(engine, model, task, variants, examples, *rest):
+        together.append([f"{example.subtask}/{example.example_id}" for example in examples])
+        return [[ValueError("not made")] * len(variants) for _ in examples]
+
+    for i in range(4):
+        path = run / "samples" / f"{part_name('niah_single_1', str(i))}.parquet"
+        group = {"decoded_with": order if i < 3 else names[3:]} if recorded else {}
+        rewrite(
+            path,
+            lambda rows, group=group: [
+                row.update(meta=json.dumps({k: v for k, v in json.loads(row["meta"]).items() if k != "decoded_with"} | group)) for row in rows
+            ],
+        )
+    assert tool(verify, run, "examples=4", "device=cpu")[0] == 0
+    monkeypatch.setattr("macbench.regenerate.answers", answers)
+    code, out, _ = tool(verify, run, "examples=4", "device=cpu")
+    assert code == 1 and sorted(together) == sorted([order if recorded else names[:3], names[3:]])
+    assert ("does not say which examples were a batch" in out) != recorded
+    if recorded:
+        rewrite(path, lambda rows: [row.update(meta=json.dumps({"decoded_with": ["niah_single_1/9"]})) for row in rows])
+        code, _, err = tool(verify, run, "examples=1", "device=cpu")
+        assert code == 2 and "names examples of a batch (1) that the run does not have" in err
+
+
 @pytest.mark.parametrize("what", ["no run", "two versions", "a foreign column"])
 def test_what_cannot_be_packed(run, tmp_path, tool, what):
     if what == "no run":

@@ -17,9 +17,9 @@ from macbench_kernels import PagedKVCache, PagePool
 from tests import within
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import patch_once
+    from tests.interpreter import quicken
 
-    patch_once()
+    quicken()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")

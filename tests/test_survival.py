@@ -21,6 +21,7 @@ from macbench.leases import Leases
 from macbench.records import KEY, SCHEMAS, RunDirectory, part_name
 from tests import kills
 from tests.test_cli import macbench, samples, tiny_args, tiny_model  # noqa: F401
+from tests.test_leases import die
 
 SHORT = ["method=mac", "compare=[full]", "method.min_context=0", "method.window=64", "method.band=16"]
 
@@ -116,7 +117,7 @@ def test_a_worker_that_dies_after_the_last_example_leaves_nothing(macbench, tiny
     assert dead.claim(part_name("niah_single_1", "0"))
     (run / "samples" / ".writing-part").touch()
     assert macbench(*args)[0] == 0 and (run / "leases").exists() and (run / "samples" / ".writing-part").exists()
-    os.close(dead._file)  # the kernel lets go of a dead process's lock
+    die(dead)
     assert macbench(*args)[0] == 0 and not (run / "leases").exists() and not (run / "samples" / ".writing-part").exists()
 
 

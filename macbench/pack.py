@@ -73,7 +73,8 @@ def pack(run: Path, target: Path) -> Path:
     else:
         done.append(f"had no {asked.FILE}: what was asked is what its rows answer")
         directory.write_text(asked.FILE, asked.answered(tables["samples"].to_pandas()).text())
-    environment = {key: value for key, value in environment.items() if key != "host"} | {"packed": done or ["one part per table"]}
+    said = list(dict.fromkeys([*environment.get("packed", []), *done]))  # a packed run keeps what was done to it before
+    environment = {key: value for key, value in environment.items() if key != "host"} | {"packed": said or ["one part per table"]}
     directory.write_text("environment.json", hide(json.dumps(environment, indent=1)) + "\n")
     directory.write_text("config.yaml", hide(OmegaConf.to_yaml(config)))
     for name in _COPIED:

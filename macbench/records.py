@@ -116,7 +116,7 @@ def placeless(model: dict) -> dict:
     found = {key: value for key, value in model.items() if key != "device_map"}
     if found.get("gguf_sha256"):
         found["gguf"] = None
-    if found.get("adapter_sha256"):
+    if found.get("adapter") and found.get("adapter_sha256"):
         found["adapter"] = Path(found["adapter"]).name
     return found
 

@@ -109,7 +109,7 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "backend", "auto, torch, triton or flashinfer", lambda v: isinstance(v, str))
     _expect(cfg, "grid", "parameters with lists of values: grid.tau=[0.3,0.45]", OmegaConf.is_dict)
     for key in ("path", "gguf", "revision", "adapter", "adapter_sha256"):
-        _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or isinstance(v, str))
+        _expect(cfg, f"model.{key}", "null or text", lambda v: v is None or (isinstance(v, str) and v != ""))
 
 
 def share(items: list, shard: object) -> list:

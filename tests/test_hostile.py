@@ -310,6 +310,11 @@ def test_data_cannot_leave_its_folder(tmp_path):
             read(tmp_path / "folder")
 
 
+def test_a_hash_without_its_adapter_is_no_base_model():
+    with pytest.raises(ConfigError, match=r"model\.adapter=null: must be a file"):
+        lora.find(OmegaConf.create({"adapter": None, "adapter_sha256": "0" * 64}))
+
+
 @pytest.mark.parametrize(
     ("name", "read"),
     [

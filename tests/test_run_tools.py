@@ -380,6 +380,12 @@ def test_runs_of_earlier_versions_can_be_packed(run, tmp_path, tool, table):
     assert "samples had no rho_page, output_error" in out and f"had the {table} of mac alone" in out and "had no asked.json" in out
     kept = tmp_path / "kept" / run.relative_to(tmp_path / "runs")
     assert read_table(kept, "samples").rho_page.isna().all() and set(read_table(kept, table).method) == {"mac"}
+    code, out, err = tool(pack, tmp_path / "again", kept)  # what was done first is still said
+    assert code == 0, out + err
+    first, second = (
+        json.loads((tmp_path / folder / run.relative_to(tmp_path / "runs") / "environment.json").read_text()) for folder in ("kept", "again")
+    )
+    assert len(first["packed"]) >= 3 and first["packed"] == second["packed"]
     part = kept / table / "part-all.parquet"
     change(part, lambda data: data.slice(1))
     code, out, _ = tool(verify, kept, "examples=0")

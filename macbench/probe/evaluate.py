@@ -23,7 +23,7 @@ from macbench.probe import backend, text
 from macbench.probe.mixture import FAMILIES, POSITIONS, Mixture, collate
 from macbench.probe.network import Probe
 from macbench.probe.steps import answer_loss
-from macbench.probe.train import base_spec
+from macbench.probe.train import SHORTEST, base_spec
 
 SEED = 10**9  # of the held-out sequences
 SHORT_ONLY = ("cwe", "fwe")  # hardly trained above 32K
@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> list[dict]:
     lengths = [cli.parse_ctx(length) for length in args.lengths]
     if max(lengths) > POSITIONS:
         raise ConfigError("--lengths", max(lengths), f"must be at most {POSITIONS}")
+    if min(lengths) < SHORTEST:
+        raise ConfigError("--lengths", min(lengths), f"must be at least {SHORTEST}")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise ConfigError("--out", args.out, "no such folder")
     factors, header = lora.read(Path(args.adapter)) if args.adapter else ({}, None)
     chat = load_chat(spec)
     mixture = Mixture(chat, text.read(args.text, chat, held_out=True), SEED)

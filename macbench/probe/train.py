@@ -39,6 +39,7 @@ from macbench.probe.stream import Stream
 
 AHEAD = 8  # batches made before they are needed
 RESERVE = 5.0  # seconds kept for writing the adapter and the checkpoint
+SHORTEST = 512  # tokens of a sequence that has room for every family
 SAVE_EVERY = 120.0  # seconds between checkpoints
 
 
@@ -76,7 +77,11 @@ def base_spec(gguf: str | None):
 def run(args: argparse.Namespace) -> None:
     started = STARTED if args.steps is None else monotonic()
     device, spec, out = resolve_device(args.device), base_spec(args.gguf), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check(args)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", out, f"cannot be made a folder ({error.strerror})") from None
     chat = load_chat(spec)
     background = text.read(args.text, chat, held_out=False)
     stream = Stream(Mixture(chat, background, args.seed), args.workers, parts(args.accumulate))
@@ -94,6 +99,20 @@ def run(args: argparse.Namespace) -> None:
     finally:
         stream.close()
         group.close()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises a ConfigError for numbers that leave nothing to train."""
+    least = min(length for _, shares in PHASES for length in shares)
+    bounds = {"seconds": RESERVE + 1, "steps": 1, "shrink": 1, "step_tokens": 1, "longest": least // max(args.shrink, 1), "workers": 0}
+    for name, low in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"must be at least {low:g}")
+    if least // args.shrink < SHORTEST:
+        raise ConfigError("--shrink", args.shrink, f"must be at most {least // SHORTEST}: sequences of {least} tokens keep {SHORTEST}")
+    if not 0 <= args.start < args.stop <= 1:
+        raise ConfigError("--stop", args.stop, f"must be above --start ({args.start:g}) and at most 1")
 
 
 def parts(accumulate: int | None) -> range:

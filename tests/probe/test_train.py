@@ -182,6 +182,14 @@ def test_the_clock(monkeypatch):
         (train, ["--text", "{text}", "--gguf", "nowhere.gguf"], "model.gguf=nowhere.gguf: no such file"),
         (train, ["--text", "{short}"], "holds fewer than 16 sentences"),
         (train, ["--text", "{text}", "--device", "tpu"], "device=tpu"),
+        (train, ["--text", "{text}", "--steps", "0"], "--steps=0: must be at least 1"),
+        (train, ["--text", "{text}", "--seconds", "1"], "--seconds=1.0: must be at least 6"),
+        (train, ["--text", "{text}", "--longest", "5"], "--longest=5: must be at least 4096"),
+        (train, ["--text", "{text}", "--shrink", "0"], "--shrink=0: must be at least 1"),
+        (train, ["--text", "{text}", "--shrink", "16"], "--shrink=16: must be at most 8"),
+        (train, ["--text", "{text}", "--out", "{text}"], "cannot be made a folder"),
+        (evaluate, ["--text", "{text}", "--lengths", "100"], "--lengths=100: must be at least 512"),
+        (evaluate, ["--text", "{text}", "--out", "nowhere/x.json"], "--out=nowhere/x.json: no such folder"),
         (evaluate, ["--text", "{text}", "--lengths", "129k"], "--lengths=132096: must be at most 131072"),
         (evaluate, ["--text", "{text}", "--adapter", "{text}"], "cannot be read as an adapter"),
     ],
@@ -190,7 +198,7 @@ def test_wrong_input_gets_one_line(program, flags, said, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(prose(100))
     (tmp_path / "short.txt").write_text("One sentence.")
     files = {"text": tmp_path / "text.txt", "short": tmp_path / "short.txt"}
-    code = program.main([flag.format(**files) for flag in flags] + (["--out", str(tmp_path / "out")] if program is train else []))
+    code = program.main((["--out", str(tmp_path / "out")] if program is train else []) + [flag.format(**files) for flag in flags])
     error = capsys.readouterr().err
     assert code == 2 and said in error and error.count("\n") == 1
 

@@ -377,7 +377,7 @@ def test_a_run_that_is_verified_names_no_code(tmp_path, monkeypatch):
         for target in ("evil.X", "subprocess.Popen", "X"):
             (tmp_path / "config.yaml").write_text(f"{key}: {{_target_: {target}, name: x}}\ndevice: cpu\n")
             with pytest.raises(ConfigError, match="_target_"):
-                regenerate(tmp_path, {}, 1, random.Random(0), "cpu", None)
+                regenerate(tmp_path, {}, 1, random.Random(0), "cpu", None, {})
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 

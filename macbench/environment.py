@@ -28,10 +28,10 @@ _PACKAGES = (
 _SHARED = ("git", "device", "backend", "dtype", "packages")
 
 
-def facts(device: str, backend: str, dtype: str, model: dict | None = None) -> dict:
-    """A JSON-able description of this process. ``model``: its hashes."""
+def facts(device: str, backend: str, dtype: str, model: dict | None = None, module: str = "macbench.run") -> dict:
+    """A JSON-able description of this process, which runs ``module``. ``model``: its hashes."""
     return {
-        "command": shlex.join(["python", "-m", "macbench.run", *map(redact, _arguments())]),
+        "command": shlex.join(["python", "-m", module, *map(redact, _arguments())]),
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": commit(),

@@ -23,7 +23,8 @@ class ConfigError(Exception):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(printable(redact(f"{key}={value}: {allowed}")))
+        shown = "null" if value is None else value
+        super().__init__(printable(redact(f"{key}={shown}: {allowed}")))
 
 
 def printable(text: str) -> str:

@@ -58,9 +58,7 @@ def pack(run: Path, target: Path) -> Path:
         if set(tables["samples"]["method"].to_pylist()) - have:
             environment[f"{table}_of"] = sorted(have)
             done.append(f"had the {table} of {', '.join(sorted(have))} alone")
-    into = target.joinpath(*run.resolve().parts[-4:-1], name)
-    if into.exists():
-        raise ConfigError("TARGET", into, "is there already")
+    into = _fresh(target.joinpath(*run.resolve().parts[-4:-1], name))
     directory = RunDirectory(into)
     for table, data in tables.items():
         data = data.set_column(data.schema.get_field_index("run_id"), "run_id", pa.array([name] * len(data), pa.string()))
@@ -88,10 +86,7 @@ def pack(run: Path, target: Path) -> Path:
 
 def _trace(run: Path, target: Path, config: str, environment: dict, hide) -> Path:
     """A trace without host and folders; rows as they are."""
-    into = target.joinpath(*run.resolve().parts[-4:])
-    if into.exists():
-        raise ConfigError("TARGET", into, "is there already")
-    into.mkdir(parents=True)
+    into = _fresh(target.joinpath(*run.resolve().parts[-4:]))
     hidden = hide(json.dumps({key: value for key, value in environment.items() if key != "host"}, indent=1))
     for table, fields in trace.SCHEMAS.items():
         try:
@@ -102,6 +97,17 @@ def _trace(run: Path, target: Path, config: str, environment: dict, hide) -> Pat
         write_whole(into / f"{table}.parquet", lambda file, data=data: pq.write_table(data, file, compression="zstd"))
     for name, text in (("environment.json", hidden + "\n"), ("config.yaml", config)):
         write_whole(into / name, lambda file, text=text: file.write(text.encode()))
+    return into
+
+
+def _fresh(into: Path) -> Path:
+    """A new folder."""
+    try:
+        into.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError("TARGET", into, "is there already") from None
+    except OSError as error:
+        raise ConfigError("TARGET", into, f"cannot be made ({error.strerror})") from None
     return into
 
 
@@ -160,7 +166,7 @@ def main() -> None:
     wrong = 0
     with ending("packed") as at:
         folders = [Path(argument) for argument in sys.argv[1:]]
-        if len(folders) < 2:
+        if len(folders) < 2 or not all(sys.argv[1:]):
             raise ConfigError("RUN", "", "name a target and runs: python -m macbench.pack runs/reference runs/ruler/smollm2/4096/mac-1a2b3c4d")
         for run in folders[1:]:
             at(run)

@@ -64,7 +64,7 @@ def _groups(run: Path, samples: pd.DataFrame, places: list[Place], batch: int) -
     and resumed generations, and examples of whose methods some decoded in step with others. A ConfigError for what cannot have been a batch.
     """
     rows_of = dict(list(samples.groupby(["subtask", "example_id"])))
-    found = {}
+    order, found = {place: i for i, place in enumerate(places)}, {}
     for (subtask, index), rows in rows_of.items():
         place = subtask, int(index)
         try:
@@ -77,8 +77,8 @@ def _groups(run: Path, samples: pd.DataFrame, places: list[Place], batch: int) -
         names = [tuple(name.rpartition("/")[::2]) for name in recorded.pop()]
         if len(names) > batch or not {*names} <= rows_of.keys():
             raise ConfigError("RUN", run, f"meta of {subtask} {index} names examples of a batch ({len(names)}) that the run does not have")
-        known = bool(names) or batch == 1 or place not in places
-        start = 0 if known else places.index(place) // batch * batch
+        known = bool(names) or batch == 1 or place not in order
+        start = 0 if known else order[place] // batch * batch
         guess = [place] if known else places[start : start + batch]
         found[place] = tuple((subtask, int(index)) for subtask, index in names) or tuple(guess), known
     return found

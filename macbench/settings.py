@@ -81,9 +81,12 @@ def check(cfg: DictConfig) -> None:
     _expect(cfg, "question_in_prefill", "true or false", lambda v: isinstance(v, bool))
     _expect(cfg, "compare", "a list of methods: compare=[full]", lambda v: isinstance(v, str) or OmegaConf.is_list(v))
     defaults = OmegaConf.load(cli.CONF / "config.yaml")
+    of_models = sorted({key for name in cli.options("model") for key in cli.load_option("model", name)})
+    for group, keys in (("engine", defaults.engine), ("model", of_models)):
+        for key, value in cfg[group].items():
+            if key not in keys:  # as +engine.key=value makes it
+                raise ConfigError(f"{group}.{key}", value, f"no such key; must be one of {', '.join(keys)}")
     for key, value in cfg.engine.items():
-        if key not in defaults.engine:  # as +engine.key=value makes it
-            raise ConfigError(f"engine.{key}", value, f"no such key; must be one of {', '.join(defaults.engine)}")
         if cfg.task.name in SYNTHETIC and value != (fixed := defaults.engine[key]):
             said = f"must be {json.dumps(fixed)} with task={cfg.task.name}, whose task.modes=[graph,eager] choose how steps run"
             raise ConfigError(f"engine.{key}", value, said)

@@ -177,16 +177,19 @@ def main() -> None:
 
 
 def _options(given: dict[str, str]) -> dict:
-    options = {"examples": 2, "seed": 0, "device": "auto", "places": {key: value for key, value in given.items() if key in LOCATIONS}}
+    options, places = {"examples": 2, "seed": 0, "device": "auto"}, {}
     for key, value in given.items():
         if key in LOCATIONS:
+            places[key] = value
             continue
-        if key not in (known := ("examples", "seed", "device")):
-            raise ConfigError(key, value, f"no such option; there are {', '.join((*known, *LOCATIONS))}")
+        if key not in options:
+            raise ConfigError(key, value, f"no such option; there are {', '.join((*options, *LOCATIONS))}")
         if key != "device" and not value.isdecimal():
             raise ConfigError(key, value, "must be a number, 0 or more")
         options[key] = value if key == "device" else int(value)
-    return options
+    if places and not options["examples"]:
+        raise ConfigError(*next(iter(places.items())), "says where examples are made again, but examples=0 makes none")
+    return options | {"places": places}
 
 
 if __name__ == "__main__":

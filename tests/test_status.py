@@ -1,4 +1,4 @@
-"""What status says of records that are no run of examples; of runs, see test_run_tools.py."""
+"""What status says of records that are no run of examples; of runs, see tools."""
 
 import sys
 from pathlib import Path

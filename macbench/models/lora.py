@@ -99,7 +99,7 @@ def find(spec) -> Path | None:
     """The checked adapter of a ``conf/model`` node, or None if it has none. A bare name is a file that ships with the package."""
     if not spec.get("adapter"):
         if spec.get("adapter_sha256"):
-            raise ConfigError("model.adapter", "null", "must be a file while model.adapter_sha256 names one; model=smollm2 is the base model")
+            raise ConfigError("model.adapter", None, "must be a file while model.adapter_sha256 names one; model=smollm2 is the base model")
         return None
     path = Path(str(spec.adapter))
     if not path.is_file() and path.name == str(path):

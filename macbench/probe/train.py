@@ -6,8 +6,9 @@
 A step is the mean of ``--accumulate`` parts, which the processes share out. So the two commands do the same steps, up to the order of sums.
 The run ends after ``--seconds``, start included, or ``--steps``; the learning rate and the lengths of the sequences follow the share of
 the time that is spent. It writes adapter.safetensors (8-bit, for ``model.adapter=``), log.jsonl (a line a step), answers.jsonl (right
-answers by length and family, see macbench.probe.learnt) and checkpoint.safetensors (float32 terms and moments), from which ``--resume``
-goes on, also after Ctrl-C or SIGTERM, which end the run after the step in hand.
+answers by length and family, see macbench.probe.learnt), environment.jsonl (commit, versions, device, command and hashes of the texts, a
+line for every start) and checkpoint.safetensors (float32 terms and moments), from which ``--resume`` goes on, also after Ctrl-C or SIGTERM,
+which end the run after the step in hand.
 ``--init`` starts from an adapter instead, with fresh moments.
 """
 
@@ -23,7 +24,7 @@ from time import monotonic
 
 import torch
 
-from macbench import cli
+from macbench import cli, environment
 from macbench.errors import ConfigError
 from macbench.models import lora
 from macbench.models.weights import load, load_chat, resolve_device
@@ -91,6 +92,10 @@ def run(args: argparse.Namespace) -> None:
         network = load(spec, device, chat).network
         probe = Probe(network, args.rope_theta, torch.bfloat16 if device == "cuda" else torch.float32)
         header = lora.Header(spec.gguf_sha256, args.rope_theta, POSITIONS, probe.scale)
+        if group.leads:
+            made = environment.facts(device, "torch", str(probe.dtype), module="macbench.probe.train") | {"text_sha256": background.sha256}
+            with (out / "environment.jsonl").open("a" if args.resume else "w") as file:
+                print(json.dumps(made), file=file)
         with backend.fastest(network):
             train(probe, header, stream, group, args, out, started)
         if group.leads:

@@ -15,7 +15,7 @@ from tests.models.tiny import ARCHITECTURES, tiny
 PROMPTS = [[int(x) for x in torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n))] for n in (33, 50, 9)]
 
 
-def decoded(network, forward, method, prompts, steps=3, layer_kernels=None, which=(0, 1, 2, 3)):
+def decoded(network, forward, method, prompts, steps=5, layer_kernels=None, which=(0, 1, 2, 3)):
     """Logits [steps, B, vocab]. ``which``: requests of four there are, of whom each gets other tokens."""
     engine = Engine(network, layer_kernels or kernels("torch", DEVICE), 80, page_size=4, chunk=16, batch=4, graph=False)
     engine.forward = forward

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import socket
+from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +162,22 @@ def test_sigterm_ends_a_run_after_the_step_in_hand(tmp_path, monkeypatch):
     assert len(log) == 2 and lora.read(tmp_path / "cut" / "adapter.safetensors")[1] == HEADER
     log, _ = steps(tmp_path, tmp_path / "cut", *flags, "--resume")
     assert [line["step"] for line in log] == [0, 1, 2]
+
+
+def test_the_command_says_what_it_ran_on(tmp_path, monkeypatch, capsys):
+    text, out = tmp_path / "prose.txt", tmp_path / "out"
+    text.write_text(prose())
+    monkeypatch.setattr(train, "load", lambda *args: SimpleNamespace(network=tiny_llama()))
+    args = ["--text", str(text), "--out", str(out), "--workers", "0", "--device", "cpu"]
+    args += ["--shrink", "8", "--longest", "512", "--step-tokens", "512"]
+    monkeypatch.setattr("sys.argv", ["train", *args])
+    assert train.main([*args, "--steps", "1"]) == 0 and train.main([*args, "--steps", "2", "--resume"]) == 0
+    started = [json.loads(line) for line in (out / "environment.jsonl").read_text().splitlines()]
+    assert len(started) == 2 and len((out / "log.jsonl").read_text().splitlines()) == 2
+    for facts in started:
+        assert facts["text_sha256"] == {"prose.txt": sha256(text.read_bytes()).hexdigest()}
+        assert facts["command"] == f"python -m macbench.probe.train {' '.join(args)}" and "git" in facts and facts["device"].startswith("cpu")
+    assert sha256((out / "adapter.safetensors").read_bytes()).hexdigest() in capsys.readouterr().out
 
 
 def test_the_clock(monkeypatch):

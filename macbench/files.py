@@ -14,6 +14,9 @@ SCRATCH = ".writing-"
 # What says that a disk did not keep a folder; anything else, that its file system keeps folders by itself or cannot be asked to.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 _THREADS = 16  # that wait for the disk
+_MASK = os.umask(0o077)  # the one way to read it is to set it
+os.umask(_MASK)
+_MODE = 0o666 & ~_MASK  # as any program's files: who works on a run beside this user reads them, too
 Write = Callable[[IO[bytes]], object]
 Stamp = tuple[int, int]
 
@@ -31,6 +34,7 @@ def write_in_order(files: list[tuple[Path, Write]]) -> list[Stamp]:
         for target, write in files:
             file = stack.enter_context(tempfile.NamedTemporaryFile(dir=target.parent, prefix=SCRATCH, delete=False))
             stack.callback(Path(file.name).unlink, missing_ok=True)  # there only if it has not taken its place
+            os.fchmod(file.fileno(), _MODE)  # a temporary file is its owner's alone
             write(file)
             file.flush()
             opened.append(file)

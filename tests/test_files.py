@@ -39,6 +39,12 @@ def test_folders_are_written_once_the_names_are_in_them(tmp_path, synced):
     assert sorted(synced.folders) == [(tmp_path / "a", {"1", "3"}), (tmp_path / "b", {"2"})]
 
 
+def test_others_may_read_what_they_may_read_of_any_program(tmp_path):
+    write_whole(tmp_path / "ours", lambda file: file.write(b"x"))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_new_folders_are_named_in_those_above_them(tmp_path, synced):
     make_folder(tmp_path / "runs" / "task" / "model")
     assert [path for path, _ in synced.folders] == [tmp_path / "runs" / "task", tmp_path / "runs", tmp_path]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from macbench.errors import ConfigError
+from macbench.files import write_whole
 
 FORMAT = "macbench-lora-int8-1"
 _MOST = 1 << 30  # bytes of a file, which is hashed before it is opened; ours has 10 million
@@ -40,13 +41,14 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def save(path: Path, factors: Factors, header: Header) -> None:
     """Write A, B (float32) of each layer name."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     tensors = {}
     for name, pair in factors.items():
         for part, x in zip("AB", pair, strict=True):
             tensors[f"{name}.{part}"], tensors[f"{name}.{part}_scale"] = quantise(x.detach().float().cpu())
-    save_file(tensors, path, metadata={"format": FORMAT, "adapter": json.dumps(asdict(header))})
+    payload = serialise(tensors, metadata={"format": FORMAT, "adapter": json.dumps(asdict(header))})
+    write_whole(path, lambda file: file.write(payload))
 
 
 def read(path: Path) -> tuple[Factors, Header]:

@@ -74,6 +74,6 @@ def test_settings_beyond_all_memory_get_one_line():
     ],
 )
 def test_wrong_settings_get_one_line(kind, key, value):
-    with pytest.raises(ConfigError, match=f"method.{key}={value}: must be ") as error:
+    with pytest.raises(ConfigError, match=f"method.{key}={'null' if value is None else value}: must be ") as error:
         kind(**{key: value})
     assert "\n" not in str(error.value)

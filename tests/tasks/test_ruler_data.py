@@ -218,7 +218,9 @@ def test_a_folder_without_questions_asks_the_hub_in_one_line(tmp_path, monkeypat
             ("hotpot", "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"),
         ):
             error = message(lambda folder=folder, what=what: getattr(Data(folder), what))
-            assert error.startswith(f"task.data_path={folder}: needs a folder with {name} ") and repo in error and "ConnectionError" in error
+            assert (
+                error.startswith(f"task.data_path={folder or 'null'}: needs a folder with {name} ") and repo in error and "ConnectionError" in error
+            )
     assert set(offline) == {(True, True)}
     assert flags == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
